@@ -1,0 +1,329 @@
+"""Checkpoints: ours in safetensors with config and provenance, the published ones by name.
+
+Nothing is unpickled beyond tensors (`weights_only=True`), everything is checked before a single
+weight is copied, and what does not fit is named.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lemma_fast.config import LemmaConfig
+from lemma_fast.model import LEMMA
+from lemma_fast.published import extra_tables, infer_config, name_map, published_name
+
+FORMAT = "lemma-fast 1"
+_WRAPPERS = ("state_dict_G", "model", "state_dict")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the reason."""
+
+
+def packaged() -> dict[str, Path]:
+    """Names and files of the weights that came with this installation; may be empty."""
+    folder = Path(str(resources.files("lemma_fast"))) / "weights"
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
+    """Load a network in evaluation mode.
+
+    `source` is a packaged name ("small"), a `.safetensors` of ours, a published `.pth`, a folder
+    written by `save_pretrained`, or a Hugging Face Hub id ("owner/name"). Raises CheckpointError.
+    """
+    path = _locate(source)
+    if path.suffix == ".safetensors":
+        model = _load_ours(path)
+    else:
+        try:
+            model = from_published(read_published(path))
+        except CheckpointError as error:
+            raise CheckpointError(_prefixed(path, error)) from error
+    return model.to(device).eval()
+
+
+def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:
+    """Write `model` as safetensors with its config, a digest of its tensors, and `provenance`."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(model.config.to_dict()),
+        "sha256": digest(state),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **(provenance or {}),
+    }
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    save_file(state, partial, metadata)
+    partial.replace(path)
+
+
+def verify(path: str | Path) -> str:
+    """Check a safetensors file of ours against the digest it carries; returns the digest."""
+    path = Path(path)
+    state, metadata = _read_safetensors(path)
+    return _check_digest(path, state, metadata)
+
+
+def convert(source: str | Path, target: str | Path) -> None:
+    """Turn a published checkpoint (.pth, .pt) into ours (.safetensors), or ours into published form.
+
+    The direction follows the suffix of `target`. Raises CheckpointError.
+    """
+    source, target = Path(source), Path(target)
+    model = load(source)
+    if target.suffix == ".safetensors":
+        origin = {"source": source.name, "source_sha256": file_digest(source)}
+        save(model, target, origin)
+    elif target.suffix in (".pth", ".pt"):
+        partial = target.with_name(target.name + ".part")
+        torch.save({"state_dict_G": to_published(model)}, partial)
+        partial.replace(target)
+    else:
+        raise CheckpointError(
+            f"{target}: the name must end in .safetensors (ours) or .pth (published form)"
+        )
+
+
+def to_published(model: LEMMA) -> dict[str, Tensor]:
+    """The model's tensors under the published names and in their shapes.
+
+    Raises CheckpointError where a switch of the config made a module that was never published.
+    """
+    names = name_map(model.config)
+    state = model.state_dict()
+    if nameless := [name for name in state if published_name(name, names) is None]:
+        raise CheckpointError(f"the published network has no place for {_named(nameless)}")
+    renamed = {published_name(name, names) or name: tensor for name, tensor in state.items()}
+    # Their position tables are [length, 1, width].
+    published = {n: t[:, None] if n.endswith(".pe") else t for n, t in renamed.items()}
+    return published | extra_tables(state, model.config)
+
+
+def from_published(state: Mapping[str, Tensor], config: LemmaConfig | None = None) -> LEMMA:
+    """Build a network from tensors under published names, with or without a `module.` prefix.
+
+    `config` is inferred from the shapes where it is not given. Raises CheckpointError that names
+    missing, unexpected or misshapen tensors, before anything is copied.
+    """
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if config is None:
+        try:
+            config = infer_config(state)
+        except ValueError as error:
+            raise CheckpointError(f"not a published LEMMA checkpoint: {error}") from error
+    model = LEMMA(config)
+    model.load_state_dict(_from_published_names(state, model, ""))
+    return model.eval()
+
+
+def _from_published_names(
+    state: Mapping[str, Tensor], model: LEMMA, prefix: str | tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Our names for `state`, which must be exactly what the model publishes under `prefix`."""
+    names = name_map(model.config)
+    expected = {n: t for n, t in to_published(model).items() if n.startswith(prefix)}
+    _check_fit(state, expected)
+    first, second = (f"position_prior.language.{n}_encoder.pe" for n in ("pos", "token"))
+    if first in state and not torch.equal(state[first], state[second]):
+        raise CheckpointError(f"{first} and {second} differ: the network here has one table")
+    return {
+        name: state[theirs][:, 0] if theirs.endswith(".pe") else state[theirs]
+        for name in model.state_dict()
+        if (theirs := published_name(name, names)) is not None and theirs in state
+    }
+
+
+def load_prior(model: LEMMA, *paths: str | Path) -> None:
+    """Load published ABINet checkpoints (vision, language, or both in one file) into the prior.
+
+    Nothing is copied unless every file fits. Raises CheckpointError.
+    """
+    found: dict[str, Tensor] = {}
+    for path in map(Path, paths):
+        state = read_published(path)
+        state = {f"position_prior.{_prior_part(name, state)}": t for name, t in state.items()}
+        # A full ABINet also has a fusion step, which the prior leaves out.
+        state = {n: t for n, t in state.items() if not n.startswith("position_prior.alignment.")}
+        parts = sorted({name.split(".")[1] for name in state}) or ["vision"]
+        prefixes = tuple(f"position_prior.{part}." for part in parts)
+        try:
+            found |= _from_published_names(state, model, prefixes)
+        except CheckpointError as error:
+            raise CheckpointError(_prefixed(path, error)) from error
+    model.load_state_dict(model.state_dict() | found)
+
+
+def _prior_part(name: str, state: Mapping[str, Tensor]) -> str:
+    if name.split(".")[0] in ("vision", "language", "alignment"):
+        return name
+    return f"vision.{name}" if "backbone.resnet.conv1.weight" in state else f"language.{name}"
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `torch.save` file, out of the wrappers that published code uses."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, it holds more than tensors or is no checkpoint "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
+    state = {str(name).removeprefix("module."): value for name, value in content.items()}
+    if strangers := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{path}: not all entries are tensors: {_named(strangers)}")
+    return state
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _locate(source: str | Path) -> Path:
+    """A local file for `source`; downloads from the Hub only where nothing local has the name."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if path.is_file():
+        return path
+    name = str(source)
+    if name in packaged():
+        return packaged()[name]
+    if path.suffix in (".safetensors", ".pth", ".pt") or path.is_absolute():
+        raise CheckpointError(f"{path}: no such file")
+    if name.count("/") == 1:
+        return _download(name)
+    if not packaged():
+        raise CheckpointError(
+            f"no weights named {name!r}: this version packages none; pass a file (a published "
+            "LEMMA .pth, or a .safetensors that `lemma-fast convert` made) or a Hugging Face id"
+        )
+    raise CheckpointError(f"no weights named {name!r}: packaged are {', '.join(packaged())}")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        path = Path(hf_hub_download(name, "model.safetensors"))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{name}: not a local file, and the Hub says: {reason}") from error
+    try:
+        # The config of a repository that the mixin wrote; ours has it in the metadata as well.
+        hf_hub_download(name, "config.json")
+    except (EntryNotFoundError, HfHubHTTPError, OSError):
+        return path
+    return path
+
+
+def _load_ours(path: Path) -> LEMMA:
+    state, metadata = _read_safetensors(path)
+    beside = path.with_name("config.json")
+    try:
+        if "config" in metadata:
+            config = LemmaConfig.from_dict(json.loads(metadata["config"]))
+        elif beside.is_file():
+            config = LemmaConfig.from_dict(json.loads(beside.read_text())["config"])
+        elif any(name.startswith("guidanceGen.") for name in state):
+            return from_published(state)
+        else:
+            raise CheckpointError("it carries no config: it was not written by lemma-fast")
+        if metadata.get("sha256"):
+            _check_digest(path, state, metadata)
+        model = LEMMA(config)
+        _check_fit(state, model.state_dict())
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(_prefixed(path, error)) from error
+    model.load_state_dict(state)
+    return model
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _check_digest(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    actual = digest(state)
+    if metadata.get("sha256") != actual:
+        raise CheckpointError(
+            f"{path}: damaged, its tensors have SHA-256 {actual}, it says {metadata.get('sha256')}"
+        )
+    return actual
+
+
+def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `state` has exactly the names and shapes of `expected`."""
+    problems = []
+    if missing := [name for name in expected if name not in state]:
+        problems.append(f"missing {_named(missing)}")
+    if unexpected := [name for name in state if name not in expected]:
+        problems.append(f"unexpected {_named(unexpected)}")
+    misshapen = [
+        f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if misshapen:
+        problems.append(f"misshapen {_named(misshapen)}")
+    if problems:
+        raise CheckpointError("; ".join(problems))
+
+
+def _named(names: Iterable[str]) -> str:
+    """The first ten names, and how many there are."""
+    names = list(names)
+    shown = ", ".join(names[:10])
+    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 10 else ''})"
+
+
+def _prefixed(path: Path, error: Exception) -> str:
+    message = str(error)
+    return message if message.startswith(str(path)) else f"{path}: {message}"

@@ -1,0 +1,172 @@
+"""Every constant of the network, by name (SPEC sections 0-5), and the switches of the paper's ablations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Alignment = Literal["none", "unidirectional", "bidirectional"]
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Sizes of the text prior: the attention-based recogniser (ABINet without its fusion step)."""
+
+    stem_width: int = 32
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    depths: tuple[int, ...] = (3, 4, 6, 6, 3)
+    strides: tuple[int, ...] = (2, 1, 2, 1, 1)
+    heads: int = 8
+    feedforward: int = 2048
+    encoder_layers: int = 3
+    key_width: int = 64
+    language_layers: int = 4
+    dropout: float = 0.1
+
+    @property
+    def width(self) -> int:
+        """Width of the tokens, that of the last stage."""
+        return self.widths[-1]
+
+    @property
+    def reduction(self) -> int:
+        """Pixels of the prior's input (the crop at twice its size) for one pixel of its features."""
+        product = 1
+        for stride in self.strides:
+            product *= stride
+        return product
+
+    def __post_init__(self) -> None:
+        if not len(self.widths) == len(self.depths) == len(self.strides):
+            raise ValueError(
+                "prior.widths, prior.depths and prior.strides need one entry a stage, got "
+                f"{len(self.widths)}, {len(self.depths)} and {len(self.strides)}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"prior width {self.width} is not divisible by {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class LemmaConfig:
+    """The network's sizes and switches; the defaults are the paper's (`LemmaConfig.base()`).
+
+    Ablations: Table 1 `character_attention`, `feature_selection`; Table 2 `alignment`;
+    Table 4 `location_enhancement`, `multimodal_alignment`, `adaptive_fusion` (False: concatenation);
+    Table 7 `expansion`, `pixel_to_region`. Raises ValueError where values contradict each other.
+    """
+
+    height: int = 16
+    width: int = 64
+    scale: int = 2
+    in_channels: int = 4
+    channels: int = 64
+    num_blocks: int = 5
+    charset: str = "abcdefghijklmnopqrstuvwxyz1234567890"
+    max_length: int = 26
+    min_length: int = 2
+    num_selected: int = 500
+    heads: int = 4
+    feedforward: int = 64
+    text_layers: int = 2
+    alignment_layers: int = 3
+    expansion_width: int = 32
+    dropout: float = 0.1
+    control_points: int = 20
+    rectification: bool = True
+    prior: PriorConfig = field(default_factory=PriorConfig)
+
+    character_attention: bool = True
+    feature_selection: bool = True
+    expansion: bool = True
+    pixel_to_region: bool = True
+    alignment: Alignment = "bidirectional"
+    location_enhancement: bool = True
+    multimodal_alignment: bool = True
+    adaptive_fusion: bool = True
+
+    @property
+    def num_classes(self) -> int:
+        """Characters plus class 0, the null or end token."""
+        return len(self.charset) + 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the low-resolution input."""
+        return self.height, self.width
+
+    @property
+    def selected(self) -> int:
+        """Positions that reach the alignment: `num_selected`, or all without feature selection."""
+        keep = self.location_enhancement and self.feature_selection
+        return self.num_selected if keep else self.height * self.width
+
+    def __post_init__(self) -> None:
+        if self.scale != 2:
+            raise ValueError(f"scale {self.scale} is not supported: the published network doubles")
+        if self.channels % 2 or self.channels % self.heads:
+            raise ValueError(
+                f"channels {self.channels} must be even and divisible by {self.heads} heads"
+            )
+        if not 1 <= self.num_selected <= self.height * self.width:
+            raise ValueError(
+                f"num_selected {self.num_selected} is not in 1..{self.height * self.width}, "
+                "the number of positions"
+            )
+        if not 1 <= self.min_length <= self.max_length:
+            raise ValueError(f"min_length {self.min_length} is not in 1..{self.max_length}")
+        if self.alignment not in ("none", "unidirectional", "bidirectional"):
+            raise ValueError(f"alignment {self.alignment!r} is not one of {Alignment.__args__}")
+        grid = self.prior.reduction
+        if (2 * self.height) % grid or (2 * self.width) % grid:
+            raise ValueError(f"{self.height}x{self.width} does not fit prior strides {grid}")
+        if self.rectification and (self.height % 16 or self.width % 32 or self.control_points % 2):
+            raise ValueError(
+                "rectification needs a height divisible by 16, a width divisible by 32 and an even "
+                f"number of control points, got {self.height}x{self.width}, {self.control_points}"
+            )
+
+    @classmethod
+    def base(cls) -> LemmaConfig:
+        """The paper's network: 39.8 M parameters, 15.7 GFLOP a crop."""
+        return cls()
+
+    @classmethod
+    def small(cls) -> LemmaConfig:
+        """The packaged network: the same feature width and guidance, a prior of a tenth the size."""
+        prior = PriorConfig(
+            stem_width=16,
+            widths=(24, 32, 64, 96, 128),
+            depths=(1, 2, 2, 2, 2),
+            heads=4,
+            feedforward=256,
+            encoder_layers=2,
+            key_width=32,
+            language_layers=2,
+        )
+        return cls(num_blocks=3, prior=prior)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, as stored in a checkpoint's metadata."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> LemmaConfig:
+        """Inverse of `to_dict`; raises ValueError that names unknown entries."""
+        return _build(cls, {**values, "prior": _build(PriorConfig, _mapping(values, "prior"))})
+
+
+def _mapping(values: Mapping[str, object], name: str) -> Mapping[str, object]:
+    value = values.get(name, {})
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config entry {name!r} must be a table, got {value!r}")
+    return value
+
+
+def _build(cls, values):  # type: ignore[no-untyped-def]
+    """Build a config dataclass from plain values; lists become tuples."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown entries in {cls.__name__}: {', '.join(unknown)}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,0 +1,65 @@
+"""LEMMA: the whole network, from a low-resolution word crop to one of twice the size."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from lemma_fast.blocks import RecurrentBlock, Upsampler
+from lemma_fast.config import LemmaConfig
+from lemma_fast.guidance import Guidance
+from lemma_fast.ops import reference
+from lemma_fast.recognizer import ConvNorm, Prior, TextPrior
+from lemma_fast.rectify import Rectifier
+
+
+class LEMMA(
+    nn.Module,
+    PyTorchModelHubMixin,
+    coders={LemmaConfig: (LemmaConfig.to_dict, LemmaConfig.from_dict)},
+    library_name="lemma-fast",
+    tags=["image-super-resolution", "scene-text"],
+    repo_url="https://github.com/csguoh/LEMMA",
+):
+    """Location Enhanced Multi-Modal network (IJCAI 2023).
+
+    `config` fixes every size; `ops` is the table of the six operations: `lemma_fast.ops.reference`,
+    or any object with the same functions. Parameters and `state_dict` do not depend on `ops`.
+    """
+
+    def __init__(self, config: LemmaConfig | None = None, ops: ModuleType = reference) -> None:
+        super().__init__()
+        self.config = config = config or LemmaConfig.base()
+        channels = config.channels
+        self.rectifier = Rectifier(config) if config.rectification else None
+        self.prior = TextPrior(config)
+        self.stem = nn.Conv2d(config.in_channels, channels, 9, padding=4)
+        self.stem_act = nn.PReLU()
+        self.guidance = Guidance(config, ops)
+        self.blocks = nn.ModuleList(RecurrentBlock(config, ops) for _ in range(config.num_blocks))
+        self.tail = ConvNorm(channels, channels, 3, bias=True)
+        self.upsampler = Upsampler(config)
+
+    def forward(self, lr: Tensor) -> tuple[Tensor, Prior]:
+        """Double the size of a batch of crops.
+
+        `lr` [N, 4, H, W] in [0, 1]: RGB and the mask channel. Returns `sr` [N, 4, 2H, 2W] in
+        (-1, 1), whose first three channels clamped to [0, 1] are the image, and the text prior. In
+        training mode the crop is rectified first. Raises ValueError for another shape.
+        """
+        config = self.config
+        expected = (config.in_channels, config.height, config.width)
+        if lr.dim() != 4 or lr.shape[1:] != expected:
+            raise ValueError(f"lr must be [N, {', '.join(map(str, expected))}], got {[*lr.shape]}")
+        if self.training and self.rectifier is not None:
+            lr = self.rectifier(lr)
+        prior, h_attn = self.prior(lr[:, :3].detach())
+        shallow = self.stem_act(self.stem(lr))
+        guidance = self.guidance(shallow, prior, h_attn)
+        features = shallow
+        for block in self.blocks:
+            features = block(features, guidance)
+        return torch.tanh(self.upsampler(shallow + self.tail(features))), prior

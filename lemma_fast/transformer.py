@@ -1,0 +1,72 @@
+"""Post-norm Transformer layers and sinusoidal positions, shared by the prior and the guidance."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoid(length: int, width: int) -> Tensor:
+    """Position table [length, width] in fp32: sin in even columns, cos in odd ones.
+
+    Machines disagree on the last bit of `exp`, which the angle of a far position multiplies up to
+    1e-4; so modules keep their table as a buffer and a checkpoint's own is used.
+    """
+    position = torch.arange(length, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(1e4) / width))
+    table = torch.empty(length, width)
+    table[:, 0::2] = torch.sin(position * rate)
+    table[:, 1::2] = torch.cos(position * rate)
+    return table
+
+
+class Attention(nn.Module):
+    """Multi-head attention on [N, L, C]; parameters are named as in `nn.MultiheadAttention`."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend from `query` [N, L, C] to `key` [N, S, C], which is the value too.
+
+        `mask` is boolean, broadcast to [N, heads, L, S]; True takes part.
+        """
+        N, _, width = query.shape
+        weights = self.in_proj_weight.chunk(3)
+        biases = self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).view(N, -1, self.heads, width // self.heads).transpose(1, 2)
+            for x, weight, bias in zip((query, key, key), weights, biases, strict=True)
+        )
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(attended.transpose(1, 2).reshape(N, -1, width))
+
+
+class TransformerLayer(nn.Module):
+    """`x = LN(x + MHA(x, memory)); x = LN(x + W2 relu(W1 x))`: self-attention without a memory."""
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, feedforward)
+        self.linear2 = nn.Linear(feedforward, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        attended = self.attention(x, x if memory is None else memory, mask)
+        x = self.norm1(x + self.dropout(attended))
+        hidden = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return self.norm2(x + self.dropout(hidden))
