@@ -1,4 +1,4 @@
-"""Super-resolution branch: recurrent blocks that take the guidance in, and the upsampler (SPEC 5)."""
+"""Super-resolution branch: recurrent blocks that take the guidance in, and the upsampler."""
 
 from __future__ import annotations
 
@@ -41,22 +41,27 @@ class AdaFM(nn.Module):
         channels = config.channels
         self.op = ops.adafm
         self.guidance_norm = nn.BatchNorm2d(channels)
-        self.branches = nn.ModuleList(Branch(2 * channels, channels) for _ in range(3))
+        self.branch1 = Branch(2 * channels, channels)
+        self.branch2 = Branch(2 * channels, channels)
+        self.branch3 = Branch(2 * channels, channels)
         self.global_conv = nn.Conv2d(channels, channels, config.size, groups=channels)
-        self.mlp = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.gate1 = nn.Conv2d(channels, channels, 1)
+        self.gate2 = nn.Conv2d(channels, channels, 1)
+        self.gate3 = nn.Conv2d(channels, channels, 1)
         self.aggregate = Branch(channels, channels)
         self.out_norm = nn.BatchNorm2d(channels)
 
     def weights(self) -> AdaFMWeights:
         """The parameters and running statistics as `ops.adafm` takes them."""
-        first, second, third = (branch.weights() for branch in self.branches)
-        one, two, three = (conv_weights(conv) for conv in self.mlp)
         return AdaFMWeights(
             guidance_norm=norm_weights(self.guidance_norm),
-            branches=(first, second, third),
-            global_weight=self.global_conv.weight,
-            global_bias=conv_weights(self.global_conv)[1],
-            mlp=(*one, *two, *three),
+            branches=(self.branch1.weights(), self.branch2.weights(), self.branch3.weights()),
+            global_conv=conv_weights(self.global_conv),
+            gate=(
+                *conv_weights(self.gate1),
+                *conv_weights(self.gate2),
+                *conv_weights(self.gate3),
+            ),
             aggregate=self.aggregate.weights(),
             out_norm=norm_weights(self.out_norm),
         )

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,7 @@ from lemma_fast.model import LEMMA
 from lemma_fast.published import extra_tables, infer_config, name_map, published_name
 
 FORMAT = "lemma-fast 1"
+HUB_FILE = "model.safetensors"
 _WRAPPERS = ("state_dict_G", "model", "state_dict")
 
 
@@ -44,7 +46,7 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
     `source` is a packaged name ("small"), a `.safetensors` of ours, a published `.pth`, a folder
     written by `save_pretrained`, or a Hugging Face Hub id ("owner/name"). Raises CheckpointError.
     """
-    path = _locate(source)
+    path = locate(source)
     if path.suffix == ".safetensors":
         model = _load_ours(path)
     else:
@@ -57,7 +59,9 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
 
 def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:
     """Write `model` as safetensors with its config, a digest of its tensors, and `provenance`."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     metadata = {
         "format": FORMAT,
         "config": json.dumps(model.config.to_dict()),
@@ -79,7 +83,7 @@ def verify(path: str | Path) -> str:
 
 
 def convert(source: str | Path, target: str | Path) -> None:
-    """Turn a published checkpoint (.pth, .pt) into ours (.safetensors), or ours into published form.
+    """Turn a published checkpoint (.pth, .pt) into ours (.safetensors), or the other way.
 
     The direction follows the suffix of `target`. Raises CheckpointError.
     """
@@ -205,7 +209,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -218,11 +222,14 @@ def file_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def _locate(source: str | Path) -> Path:
-    """A local file for `source`; downloads from the Hub only where nothing local has the name."""
+def locate(source: str | Path, **hub_options: Any) -> Path:
+    """A local file for `source`; downloads from the Hub only where nothing local has the name.
+
+    `hub_options` are those of `huggingface_hub.hf_hub_download` (revision, token, ...).
+    """
     path = Path(source)
     if path.is_dir():
-        path = path / "model.safetensors"
+        path = path / HUB_FILE
     if path.is_file():
         return path
     name = str(source)
@@ -231,7 +238,7 @@ def _locate(source: str | Path) -> Path:
     if path.suffix in (".safetensors", ".pth", ".pt") or path.is_absolute():
         raise CheckpointError(f"{path}: no such file")
     if name.count("/") == 1:
-        return _download(name)
+        return _download(name, hub_options)
     if not packaged():
         raise CheckpointError(
             f"no weights named {name!r}: this version packages none; pass a file (a published "
@@ -240,31 +247,22 @@ def _locate(source: str | Path) -> Path:
     raise CheckpointError(f"no weights named {name!r}: packaged are {', '.join(packaged())}")
 
 
-def _download(name: str) -> Path:
+def _download(name: str, options: Mapping[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
-        path = Path(hf_hub_download(name, "model.safetensors"))
+        return Path(hf_hub_download(name, HUB_FILE, **options))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{name}: not a local file, and the Hub says: {reason}") from error
-    try:
-        # The config of a repository that the mixin wrote; ours has it in the metadata as well.
-        hf_hub_download(name, "config.json")
-    except (EntryNotFoundError, HfHubHTTPError, OSError):
-        return path
-    return path
 
 
 def _load_ours(path: Path) -> LEMMA:
     state, metadata = _read_safetensors(path)
-    beside = path.with_name("config.json")
     try:
         if "config" in metadata:
             config = LemmaConfig.from_dict(json.loads(metadata["config"]))
-        elif beside.is_file():
-            config = LemmaConfig.from_dict(json.loads(beside.read_text())["config"])
         elif any(name.startswith("guidanceGen.") for name in state):
             return from_published(state)
         else:

@@ -1,11 +1,11 @@
-"""Every constant of the network, by name (SPEC sections 0-5), and the switches of the paper's ablations."""
+"""Every constant of the network, by name, and the switches of the paper's ablations."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 Alignment = Literal["none", "unidirectional", "bidirectional"]
 
@@ -32,7 +32,7 @@ class PriorConfig:
 
     @property
     def reduction(self) -> int:
-        """Pixels of the prior's input (the crop at twice its size) for one pixel of its features."""
+        """Pixels of the prior's input (the crop at twice its size) a pixel of its features."""
         product = 1
         for stride in self.strides:
             product *= stride
@@ -52,8 +52,8 @@ class PriorConfig:
 class LemmaConfig:
     """The network's sizes and switches; the defaults are the paper's (`LemmaConfig.base()`).
 
-    Ablations: Table 1 `character_attention`, `feature_selection`; Table 2 `alignment`;
-    Table 4 `location_enhancement`, `multimodal_alignment`, `adaptive_fusion` (False: concatenation);
+    Ablations: Table 1 `character_attention`, `feature_selection`; Table 2 `alignment`; Table 4
+    `location_enhancement`, `multimodal_alignment`, `adaptive_fusion` (False: concatenation);
     Table 7 `expansion`, `pixel_to_region`. Raises ValueError where values contradict each other.
     """
 
@@ -117,7 +117,7 @@ class LemmaConfig:
         if not 1 <= self.min_length <= self.max_length:
             raise ValueError(f"min_length {self.min_length} is not in 1..{self.max_length}")
         if self.alignment not in ("none", "unidirectional", "bidirectional"):
-            raise ValueError(f"alignment {self.alignment!r} is not one of {Alignment.__args__}")
+            raise ValueError(f"alignment {self.alignment!r} is not one of {get_args(Alignment)}")
         grid = self.prior.reduction
         if (2 * self.height) % grid or (2 * self.width) % grid:
             raise ValueError(f"{self.height}x{self.width} does not fit prior strides {grid}")
@@ -134,7 +134,7 @@ class LemmaConfig:
 
     @classmethod
     def small(cls) -> LemmaConfig:
-        """The packaged network: the same feature width and guidance, a prior of a tenth the size."""
+        """The packaged network: three blocks of the same width, and a far smaller prior."""
         prior = PriorConfig(
             stem_width=16,
             widths=(24, 32, 64, 96, 128),
@@ -154,19 +154,16 @@ class LemmaConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> LemmaConfig:
         """Inverse of `to_dict`; raises ValueError that names unknown entries."""
-        return _build(cls, {**values, "prior": _build(PriorConfig, _mapping(values, "prior"))})
+        prior = values.get("prior", {})
+        if not isinstance(prior, Mapping):
+            raise ValueError(f"config entry 'prior' must be a table, got {prior!r}")
+        sizes = PriorConfig(**_entries(PriorConfig, prior))
+        return cls(**_entries(cls, {**values, "prior": sizes}))
 
 
-def _mapping(values: Mapping[str, object], name: str) -> Mapping[str, object]:
-    value = values.get(name, {})
-    if not isinstance(value, Mapping):
-        raise ValueError(f"config entry {name!r} must be a table, got {value!r}")
-    return value
-
-
-def _build(cls, values):  # type: ignore[no-untyped-def]
-    """Build a config dataclass from plain values; lists become tuples."""
-    known = {f.name for f in dataclasses.fields(cls)}
+def _entries(config: type, values: Mapping[str, object]) -> dict[str, Any]:
+    """Arguments for a config dataclass; lists become tuples, unknown names raise ValueError."""
+    known = {field.name for field in dataclasses.fields(config)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown entries in {cls.__name__}: {', '.join(unknown)}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        raise ValueError(f"unknown entries in {config.__name__}: {', '.join(unknown)}")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

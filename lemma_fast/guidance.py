@@ -131,8 +131,9 @@ class Guidance(nn.Module):
         return self.location_enhance(logits, features)
 
 
-def layer_weights(layer: TransformerLayer) -> CrossAttentionWeights:
+def layer_weights(layer: nn.Module) -> CrossAttentionWeights:
     """A layer's parameters as `ops.sparse_cross_attention` takes them."""
+    assert isinstance(layer, TransformerLayer)
     attention = layer.attention
     return CrossAttentionWeights(
         attention.in_proj_weight,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -19,7 +21,6 @@ from lemma_fast.rectify import Rectifier
 class LEMMA(
     nn.Module,
     PyTorchModelHubMixin,
-    coders={LemmaConfig: (LemmaConfig.to_dict, LemmaConfig.from_dict)},
     library_name="lemma-fast",
     tags=["image-super-resolution", "scene-text"],
     repo_url="https://github.com/csguoh/LEMMA",
@@ -63,3 +64,17 @@ class LEMMA(
         for block in self.blocks:
             features = block(features, guidance)
         return torch.tanh(self.upsampler(shallow + self.tail(features))), prior
+
+    # What `save_pretrained`, `push_to_hub` and `from_pretrained` call. The checkpoint module builds
+    # on this one, so it is imported when needed.
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from lemma_fast import checkpoint
+
+        checkpoint.save(self, save_directory / checkpoint.HUB_FILE)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options: Any) -> LEMMA:
+        from lemma_fast import checkpoint
+
+        return checkpoint.load(checkpoint.locate(model_id, **options), map_location)

@@ -1,7 +1,7 @@
 """The published checkpoints' names: one declarative map, read in both directions.
 
-`MODULES` pairs our module paths with the published ones; leaf names (`weight`, `running_mean`, ...)
-are the same on both sides unless a line spells a leaf out. `<b>` counts, `<2*b+1>` counts otherwise.
+`MODULES` pairs our module paths with the published ones; leaf names (`weight`, ...) are the same on
+both sides unless a line spells a leaf out. `<b>` counts, `<2*b+1>` counts otherwise.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ blocks.<b>.conv2.conv                           block<b+2>.conv2
 blocks.<b>.conv2.norm                           block<b+2>.bn2
 blocks.<b>.norm                                 block<b+2>.BN
 blocks.<b>.fusion.guidance_norm                 block<b+2>.affine.BN
-blocks.<b>.fusion.branches.<branch>.reduce      block<b+2>.affine.conv1x1_<branch+1>.0
-blocks.<b>.fusion.branches.<branch>.norm        block<b+2>.affine.conv1x1_<branch+1>.1
-blocks.<b>.fusion.branches.<branch>.act         block<b+2>.affine.conv1x1_<branch+1>.2
-blocks.<b>.fusion.branches.<branch>.project     block<b+2>.affine.conv1x1_<branch+1>.3
+blocks.<b>.fusion.branch<branch+1>.reduce      block<b+2>.affine.conv1x1_<branch+1>.0
+blocks.<b>.fusion.branch<branch+1>.norm        block<b+2>.affine.conv1x1_<branch+1>.1
+blocks.<b>.fusion.branch<branch+1>.act         block<b+2>.affine.conv1x1_<branch+1>.2
+blocks.<b>.fusion.branch<branch+1>.project     block<b+2>.affine.conv1x1_<branch+1>.3
 blocks.<b>.fusion.global_conv                   block<b+2>.affine.channel_attn.0
-blocks.<b>.fusion.mlp.<branch>                  block<b+2>.affine.channel_attn.<2*branch+1>
+blocks.<b>.fusion.gate<branch+1>                block<b+2>.affine.channel_attn.<2*branch+1>
 blocks.<b>.fusion.aggregate.reduce              block<b+2>.affine.aggregation.0
 blocks.<b>.fusion.aggregate.norm                block<b+2>.affine.aggregation.1
 blocks.<b>.fusion.aggregate.act                 block<b+2>.affine.aggregation.2
@@ -134,7 +134,7 @@ def name_map(config: LemmaConfig) -> dict[str, str]:
     for line in MODULES.strip().splitlines():
         ours, theirs = line.split()
         theirs, _, kind = theirs.partition("@")
-        used = [name for name in counters if re.search(rf"<{name}>", ours)]
+        used = [name for name in counters if re.search(rf"<{name}[+>]", ours)]
         for values in itertools.product(*(range(counters[name]) for name in used)):
             point = dict(zip(used, values, strict=True), tail=config.num_blocks)
             pair = _fill(ours, point), _fill(theirs, point)

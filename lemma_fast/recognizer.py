@@ -110,7 +110,7 @@ class PositionAttention(nn.Module):
         self.register_buffer("queries", sinusoid(config.max_length, width))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, C, h, w] to attended vectors [N, T, C] and fp32 maps `h_attn` [N, T, h, w]."""
+        """Features [N, C, h, w] to vectors [N, T, C] and fp32 maps `h_attn` [N, T, h, w]."""
         levels = [features]
         for down in self.down:
             levels.append(F.relu(down(levels[-1])))
@@ -151,7 +151,7 @@ class Vision(nn.Module):
         self.classifier = nn.Linear(prior.width, config.num_classes)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised RGB [N, 3, 2H, 2W] to `img_logits` [N, T, classes] and `h_attn` [N, T, h, w]."""
+        """Normalised RGB [N, 3, 2H, 2W] to `img_logits` [N, T, classes] and `h_attn`."""
         features = self.resnet(image)
         tokens = self.dropout(features.flatten(2).transpose(1, 2) + self.positions)
         for layer in self.encoder:

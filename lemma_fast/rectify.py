@@ -1,6 +1,8 @@
-"""Rectification (STN), in training only: a thin-plate spline straightens the crop (SPEC section 1)."""
+"""Rectification (STN), in training only: a thin-plate spline straightens the crop (SPEC 1)."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +21,17 @@ class Localization(nn.Module):
     def __init__(self, config: LemmaConfig) -> None:
         super().__init__()
         widths = (config.in_channels, *WIDTHS)
-        self.convs = nn.ModuleList(
-            ConvNorm(before, after, 3, bias=True)
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
-        )
+        convs = [
+            ConvNorm(before, after, 3, bias=True) for before, after in itertools.pairwise(widths)
+        ]
+        self.convs = nn.ModuleList(convs)
         features = WIDTHS[-1] * (config.height // 16) * (config.width // 32)
         self.hidden = nn.Linear(features, 512)
         self.norm = nn.BatchNorm1d(512)
         self.points = nn.Linear(512, 2 * config.control_points)
-        for conv in self.convs:
+        for conv in convs:
             nn.init.kaiming_normal_(conv.conv.weight, mode="fan_out", nonlinearity="relu")
+            assert conv.conv.bias is not None
             nn.init.zeros_(conv.conv.bias)
         nn.init.normal_(self.hidden.weight, std=0.001)
         nn.init.zeros_(self.hidden.bias)

@@ -65,7 +65,9 @@ class TransformerLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         attended = self.attention(x, x if memory is None else memory, mask)
         x = self.norm1(x + self.dropout(attended))
         hidden = self.linear2(self.dropout(F.relu(self.linear1(x))))

@@ -1,4 +1,4 @@
-"""The six operations in plain PyTorch: the specification that training uses and fused code is held to.
+"""The six operations in plain PyTorch: the specification, which fused code is held to.
 
 Parameters come as plain tensors, grouped in named tuples; nothing here knows a module. All shapes
 are PyTorch's: N images, C channels, H x W positions in raster order, T characters, K selected
@@ -173,25 +173,41 @@ def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
     if axis not in (2, 3):
         raise ValueError(f"axis is {axis}; 2 runs along the height, 3 along the width")
     N, C = features.shape[:2]
-    lines = 5 - axis
-    sequences = features.permute(0, lines, axis, 1).reshape(-1, features.shape[axis], C)
-    hidden = weights.weight_hh.shape[1]
-    state = sequences.new_zeros(2, sequences.shape[0], hidden)
-    out, _ = torch.gru(
+    lines, steps = features.shape[5 - axis], features.shape[axis]
+    sequences = features.permute(0, 5 - axis, axis, 1).reshape(N * lines, steps, C)
+    # torch.compile unrolls a GRU into thousands of nodes and minutes; where no gradient is wanted
+    # it gets one opaque call instead. An exported program keeps PyTorch's own operator.
+    opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    run = _opaque_gru if opaque and not torch.is_grad_enabled() else _gru
+    out = run(sequences, list(weights)).reshape(N, lines, steps, -1)
+    out = out.permute(0, 3, 1, 2) if axis == 3 else out.permute(0, 3, 2, 1)
+    # A permuted result would make eager batch norms copy, and their traced shapes disagree.
+    return out.contiguous()
+
+
+def _gru(sequences: Tensor, weights: list[Tensor]) -> Tensor:
+    state = sequences.new_zeros(2, sequences.shape[0], weights[1].shape[1])
+    return torch.gru(
         sequences,
         state,
-        list(weights),
+        weights,
         has_biases=True,
         num_layers=1,
         dropout=0.0,
         train=False,
         bidirectional=True,
         batch_first=True,
-    )
-    out = out.reshape(N, features.shape[lines], features.shape[axis], 2 * hidden)
-    out = out.permute(0, 3, 1, 2) if axis == 3 else out.permute(0, 3, 2, 1)
-    # A permuted result would make eager batch norms copy, and their traced shapes disagree.
-    return out.contiguous()
+    )[0]
+
+
+@torch.library.custom_op("lemma_fast::gru_inference", mutates_args=())
+def _opaque_gru(sequences: Tensor, weights: list[Tensor]) -> Tensor:
+    return _gru(sequences, weights).contiguous()
+
+
+@_opaque_gru.register_fake
+def _(sequences: Tensor, weights: list[Tensor]) -> Tensor:
+    return sequences.new_empty(*sequences.shape[:2], 2 * weights[1].shape[1])
 
 
 def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: bool) -> Tensor:
@@ -200,19 +216,20 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
         c = concat(features, BN(guidance));  x_i = branch_i(c)
         gate = sigmoid(MLP(GDW(x_1)));  returns BN(x_3 + aggregate(gate * x_2))
 
-    `features` and `guidance` [N, C, H, W], H x W that of `global_weight`. In training the batch
+    `features` and `guidance` [N, C, H, W], H x W that of `global_conv`. In training the batch
     norms use batch statistics and update their running ones in place, as `nn.BatchNorm2d`
     does (`num_batches_tracked` is the caller's). Returns [N, C, H, W].
     """
-    if features.shape[2:] != weights.global_weight.shape[2:]:
+    global_weight, global_bias = weights.global_conv
+    if features.shape[2:] != global_weight.shape[2:]:
         raise ValueError(
             f"features are {tuple(features.shape[2:])} in height and width, the global convolution "
-            f"is {tuple(weights.global_weight.shape[2:])}"
+            f"is {tuple(global_weight.shape[2:])}"
         )
     both = torch.cat([features, _batch_norm(guidance, weights.guidance_norm, training)], dim=1)
     x1, x2, x3 = (_branch(both, branch, training) for branch in weights.branches)
-    gate = F.conv2d(x1, weights.global_weight, weights.global_bias, groups=x1.shape[1])
-    w1, b1, w2, b2, w3, b3 = weights.mlp
+    gate = F.conv2d(x1, global_weight, global_bias, groups=x1.shape[1])
+    w1, b1, w2, b2, w3, b3 = weights.gate
     gate = F.conv2d(F.relu(F.conv2d(F.relu(F.conv2d(gate, w1, b1)), w2, b2)), w3, b3).sigmoid()
     fused = x3 + _branch(gate * x2, weights.aggregate, training)
     return _batch_norm(fused, weights.out_norm, training)

@@ -1,4 +1,4 @@
-"""Parameters of the operations as plain tensors: what both op tables take and the modules hand over."""
+"""Parameters of the operations as plain tensors: what the modules hand to either table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BatchNormWeights(NamedTuple):
 
 
 class BranchWeights(NamedTuple):
-    """conv1x1 -> BatchNorm -> PReLU -> conv1x1; the matrices are [C_out, C_in, 1, 1], `slope` [1]."""
+    """conv1x1 -> BatchNorm -> PReLU -> conv1x1; matrices [C_out, C_in, 1, 1], `slope` [1]."""
 
     reduce_weight: Tensor
     reduce_bias: Tensor
@@ -32,17 +32,16 @@ class AdaFMWeights(NamedTuple):
 
     guidance_norm: BatchNormWeights
     branches: tuple[BranchWeights, BranchWeights, BranchWeights]
-    global_weight: Tensor
-    """[C, 1, H, W], the global depth-wise convolution (GDW)."""
-    global_bias: Tensor
-    mlp: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    global_conv: tuple[Tensor, Tensor]
+    """Weight [C, 1, H, W] and bias [C] of the global depth-wise convolution (GDW)."""
+    gate: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     """Weight [C, C, 1, 1] and bias [C] of the gate's three 1x1 convolutions in turn."""
     aggregate: BranchWeights
     out_norm: BatchNormWeights
 
 
 class CrossAttentionWeights(NamedTuple):
-    """One cross-attention layer of width C; `in_proj` stacks query, key and value as PyTorch does."""
+    """One cross-attention layer; `in_proj` stacks query, key and value as PyTorch does."""
 
     in_proj_weight: Tensor
     in_proj_bias: Tensor

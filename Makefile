@@ -1,0 +1,102 @@
+# `make demo` and `make test` are all that a newcomer types; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+# E.g. --system-site-packages, to use the torch that a machine has already.
+VENV_FLAGS ?=
+# One release is named because a bare "torch" may bring a newer one than was tested here.
+TORCH ?= torch==2.13.0
+# PyTorch's own index of CPU builds; on Linux the ordinary one carries gigabytes of CUDA.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+DEMO_OUTPUT ?= demo-output
+PYTEST_FLAGS ?= -n auto --maxprocesses 8
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types bench fonts system-deps clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.package  ## set up, then double the size of the crops in examples/
+	$(BIN)/lemma-fast upscale examples/crops -o $(DEMO_OUTPUT) --compare --overwrite
+	@echo "The pictures are in $(DEMO_OUTPUT)/."
+
+test: lint types  ## set up with all tools, then lint, types and tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.tools  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.tools  ## mend what `make lint` can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The folder map exists only in an installed package, so that is what mypy reads.
+types: $(VENV)/.tools  ## check the types of the installed wheel
+	@rm -rf build
+	$(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(PIP_INSTALL) -qq --no-deps --no-compile --target build/installed build/wheel/*.whl
+	MYPYPATH=build/installed $(BIN)/mypy -p lemma_fast
+
+bench: $(VENV)/.tools  ## time the operations and the model
+	$(BIN)/python -m pytest benchmarks --benchmark-only \
+	    -o python_files='bench_*.py' -o python_functions='bench_*'
+
+fonts:  ## install the Debian fonts that training and its test set are drawn with
+	.ci/apt-install training/fonts/train.txt training/fonts/test.txt
+
+system-deps:  ## install Tesseract and a few fonts for the tests, where that is possible
+	@.ci/apt-install tests/apt-packages.txt || echo "The tests that need these are skipped."
+
+clean:  ## remove what make has made
+	rm -rf .venv build dist demo-output lemma_fast.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# Stamps: a step is done again only when what it depends on has changed.
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	    echo "lemma-fast needs Python 3.10 to 3.13; $(PYTHON) is" \
+	        "$$($(PYTHON) --version 2>&1 || true). Name another: make PYTHON=python3.12 ..." >&2; \
+	    exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "$(PYTHON) cannot make virtual environments." \
+	        "On Debian and Ubuntu: sudo apt-get install python3-venv" >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(PIP_INSTALL) -qq --upgrade 'setuptools>=77' wheel
+	@touch $@
+
+# A torch that can be imported is left alone. An index that does not answer costs pip minutes of
+# retries, so it is asked first.
+$(VENV)/.torch: $(VENV)/.made
+	@if $(BIN)/python -W ignore -c 'import torch' 2>/dev/null; then \
+	    echo "torch is installed already."; \
+	elif nvidia-smi -L >/dev/null 2>&1; then \
+	    echo "CUDA device found: installing $(TORCH), the default build."; \
+	    $(PIP_INSTALL) '$(TORCH)'; \
+	elif $(BIN)/python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' \
+	        '$(TORCH_INDEX)/torch/' >/dev/null 2>&1; then \
+	    echo "No CUDA device: installing $(TORCH) from the index of CPU builds."; \
+	    $(PIP_INSTALL) --extra-index-url '$(TORCH_INDEX)' '$(TORCH)'; \
+	else \
+	    echo "No CUDA device, and $(TORCH_INDEX) does not answer:" \
+	        "installing the $(TORCH) that pip is set up for."; \
+	    $(PIP_INSTALL) '$(TORCH)'; \
+	fi
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
+	$(PIP_INSTALL) -qq --no-build-isolation --editable .
+	@touch $@
+
+# torch.compile, which the tests try, writes C++.
+$(VENV)/.tools: $(VENV)/.package
+	@$(CXX) --version >/dev/null 2>&1 || { \
+	    echo "The tests need a C++ compiler, and '$(CXX)' does not run. On Debian and Ubuntu: sudo apt-get install g++" >&2; \
+	    exit 1; }
+	$(PIP_INSTALL) -qq --no-build-isolation --editable '.[dev,eval,train,triton]'
+	@touch $@

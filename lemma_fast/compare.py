@@ -1,0 +1,72 @@
+"""The picture of `--compare`: input, bicubic, result and attention side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from lemma_fast.images import resize
+
+_MARGIN = 8
+_CAPTION = 18
+_LEAST_HEIGHT, _MOST_WIDTH = 64, 1024
+# From black over red and yellow to white.
+_HEAT = np.array([[0, 0, 0], [180, 20, 20], [250, 200, 40], [255, 255, 255]], dtype=np.float64)
+
+
+def panel_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Size of each panel for a result of `size`: enlarged by a whole factor, or made to fit."""
+    width, height = size
+    if width > _MOST_WIDTH:
+        return _MOST_WIDTH, max(1, round(height * _MOST_WIDTH / width))
+    factor = min(max(1, -(-_LEAST_HEIGHT // height)), max(1, _MOST_WIDTH // width))
+    return width * factor, height * factor
+
+
+def picture(
+    before: Image.Image,
+    after: Image.Image,
+    attention: npt.NDArray[np.float32],
+    text: str,
+    input_size: tuple[int, int],
+) -> Image.Image:
+    """Draw one row of four panels with captions.
+
+    `before` [RGB] the input, which may have been reduced from `input_size`; `after` [RGB] the
+    result, `attention` [H, W] not negative, `text` the prior's guess.
+    """
+    panel = panel_size(after.size)
+    plain = resize(before, after.size)
+    nearest = Image.Resampling.NEAREST
+    panels = [
+        (before.resize(panel, nearest), f"input {input_size[0]}x{input_size[1]}"),
+        (plain.resize(panel, nearest), f"bicubic {after.width}x{after.height}"),
+        (after.resize(panel, nearest), "lemma-fast"),
+        (overlay(before.resize(panel, nearest), attention), f"attention: {text or '(no text)'}"),
+    ]
+    # Where a panel is narrow its caption sets the column's width.
+    font = ImageFont.load_default()
+    columns = [max(image.width, int(font.getlength(words)) + 1) for image, words in panels]
+    width = sum(columns) + _MARGIN * (len(panels) + 1)
+    sheet = Image.new("RGB", (width, panel[1] + _CAPTION + 2 * _MARGIN), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    left = _MARGIN
+    for (image, words), column in zip(panels, columns, strict=True):
+        sheet.paste(image, (left, _MARGIN))
+        draw.text((left, _MARGIN + panel[1] + 4), words, fill=(40, 40, 40), font=font)
+        left += column + _MARGIN
+    return sheet
+
+
+def overlay(image: Image.Image, attention: npt.NDArray[np.float32]) -> Image.Image:
+    """Lay a map [H, W] over a grey version of the image, its largest value brightest."""
+    peak = float(attention.max())
+    scaled = attention / peak if peak > 0 else np.zeros_like(attention)
+    heat = Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
+    level = np.asarray(resize(heat, image.size), dtype=np.float64) / 255
+    stops = np.linspace(0, 1, len(_HEAT))
+    colour = np.stack([np.interp(level, stops, _HEAT[:, i]) for i in range(3)], axis=-1)
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None] * 0.6
+    share = 0.75 * level[..., None]
+    return Image.fromarray(np.rint(grey * (1 - share) + colour * share).astype(np.uint8))

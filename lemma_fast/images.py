@@ -1,0 +1,309 @@
+"""Images in and out: any mode Pillow reads to RGB and alpha, the network's input, safe writes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Size = Literal["native", "x2"]
+Format = Literal["png", "jpg", "webp"]
+
+# Pillow hands EPS and WMF to other programs, and names the rest without being able to decode them.
+_NOT_CROPS = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
+_SIXTEEN_BIT = 65535.0
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is one sentence that gives the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """A decoded, upright image.
+
+    `rgb` is of mode RGB; `alpha` of mode L, or None where the image has no transparency; `notes`
+    says what a user should know about the decoding; `format` is Pillow's name, None for an image
+    that came from memory; `icc_profile` describes the colours of `rgb`.
+    """
+
+    rgb: Image.Image
+    alpha: Image.Image | None = None
+    notes: tuple[str, ...] = ()
+    format: str | None = None
+    icc_profile: bytes | None = None
+
+    @property
+    def opaque(self) -> Image.Image:
+        """The image as the network should see it [RGB]: laid on its `backdrop`."""
+        return self.rgb if self.alpha is None else _laid(self.rgb, self.alpha, self.backdrop)
+
+    @functools.cached_property
+    def backdrop(self) -> int:
+        """Grey level behind transparent pixels: white, or black where what is visible is light.
+
+        Transparent pixels often hide black, on which black letters would vanish.
+        """
+        if self.alpha is None:
+            return 255
+        weight = np.asarray(self.alpha, dtype=np.float64)
+        grey = np.asarray(self.rgb.convert("L"), dtype=np.float64)
+        visible = weight.sum()
+        return 0 if visible and (grey * weight).sum() / visible > 127.5 else 255
+
+    def frame(self, size: Size, native: tuple[int, int]) -> Frame:
+        """Keep what `finish` needs; `native` is the network's own result size, width first."""
+        target = native if size == "native" else (2 * self.rgb.width, 2 * self.rgb.height)
+        alpha = self.alpha
+        if alpha is not None and target[0] * target[1] < alpha.width * alpha.height:
+            # A frame waits while others are read: let it be small.
+            alpha = resize(alpha, target)
+        return Frame(target, alpha, self.backdrop, self.icc_profile)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What of a crop goes beside the network: the result's size, and how to give alpha back."""
+
+    size: tuple[int, int]
+    alpha: Image.Image | None
+    backdrop: int
+    icc_profile: bytes | None
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - _NOT_CROPS))
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Lower-case file name endings, with the dot, that a folder is searched for."""
+    formats = set(readable_formats())
+    return frozenset(
+        ending for ending, name in Image.registered_extensions().items() if name in formats
+    )
+
+
+def open_image(source: str | os.PathLike[str] | bytes) -> Crop:
+    """Decode a file, or the bytes of one; raises ImageError without the file's name."""
+    with opened(source) as image:
+        return from_pillow(image)
+
+
+@contextlib.contextmanager
+def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
+    """Open an image and read its header alone; ImageError also for what fails inside the block."""
+    try:
+        with _stream(source) as file, Image.open(file, formats=readable_formats()) as image:
+            _refuse_bombs(image)
+            yield image
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("not an image that can be read") from None
+    except Image.DecompressionBombError:
+        raise ImageError(_too_many_pixels()) from None
+    except MemoryError:
+        raise ImageError("not enough memory to decode it") from None
+    # Pillow's parsers let out whatever a damaged file makes them trip over: SyntaxError,
+    # struct.error, IndexError, zlib.error and more. All of them mean this one file.
+    except Exception as error:
+        raise ImageError(f"damaged or truncated: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _stream(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("no data: zero bytes")
+        yield io.BytesIO(source)
+        return
+    path = Path(source)
+    try:
+        # A pipe or a device would block a reader for good.
+        if path.exists() and not path.is_file():
+            raise ImageError("a folder" if path.is_dir() else "not a regular file")
+        file = path.open("rb")
+    except OSError as error:
+        raise ImageError(reason(error)) from None
+    with file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ImageError("the file is empty")
+        yield file
+
+
+def reason(error: BaseException) -> str:
+    """Say in a few words what an exception says."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _too_many_pixels(found: str = "far more pixels") -> str:
+    limit = Image.MAX_IMAGE_PIXELS
+    return f"{found} than Pillow's safety limit of {limit:,}; see PIL.Image.MAX_IMAGE_PIXELS"
+
+
+def _refuse_bombs(image: Image.Image) -> None:
+    # Pillow itself only warns up to twice its limit.
+    pixels = image.width * image.height
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        raise ImageError(_too_many_pixels(f"{pixels:,} pixels, more"))
+    if not pixels:
+        raise ImageError("the image has no pixels")
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once EXIF orientation is applied, from the header alone."""
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def from_pillow(image: Image.Image) -> Crop:
+    """Turn an image of any mode upright and split it into RGB and alpha.
+
+    Frames after the first are ignored, and said so. 16-bit and float pixels are scaled to 8 bits,
+    see `_eight_bits`.
+    """
+    if not image.width or not image.height:
+        raise ImageError("the image has no pixels")
+    notes: tuple[str, ...] = ()
+    if getattr(image, "is_animated", False):
+        notes = ("several frames or pages: the first is used",)
+    name, profile = image.format, image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    alpha: Image.Image | None = None
+    if image.mode.startswith("I") or image.mode == "F":
+        rgb = _eight_bits(image, sixteen=image.mode != "F" and name == "PNG").convert("RGB")
+    elif image.has_transparency_data and image.mode != "CMYK":
+        # Premultiplied grey has no direct way to RGBA.
+        image = image.convert("LA") if image.mode == "La" else image
+        rgba = image.convert("RGBA")
+        rgb, alpha = rgba.convert("RGB"), rgba.getchannel("A")
+    else:
+        rgb = image.convert("RGB")
+    # A profile of ink or grey says nothing about RGB pixels.
+    usable = isinstance(profile, bytes) and profile[16:20] == b"RGB "
+    return Crop(rgb, alpha, notes, name, profile if usable else None)
+
+
+def _eight_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
+    """Scale pixels of mode I;16, I or F to mode L, which Pillow's own conversion would clip.
+
+    White is 65535 for 16-bit files, else the least of 1 (mode F only), 255 and 65535 that no pixel
+    exceeds. Where values are negative or larger still, their own range is stretched.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise ImageError("some pixels are not finite numbers")
+    whites = [_SIXTEEN_BIT]
+    if not sixteen and not image.mode.startswith("I;16"):
+        whites = [1.0, 255.0, _SIXTEEN_BIT] if image.mode == "F" else [255.0, _SIXTEEN_BIT]
+    fitting = [white for white in whites if low >= 0 and high <= white]
+    black, white = (0.0, fitting[0]) if fitting else (low, max(high, low + 1e-12))
+    return Image.fromarray(np.rint((values - black) * (255 / (white - black))).astype(np.uint8))
+
+
+def network_input(rgb: Image.Image, height: int = 16, width: int = 64) -> npt.NDArray[np.float32]:
+    """Resize an RGB image (bicubic) and append its mask: float32 [4, height, width] in [0, 1].
+
+    The mask is 0 where the resized image's grey level exceeds its own mean, else 1.
+    """
+    small = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    grey = np.asarray(small.convert("L"))
+    planes = np.empty((4, height, width), dtype=np.float32)
+    planes[:3] = np.asarray(small, dtype=np.float32).transpose(2, 0, 1) / 255
+    planes[3] = grey <= grey.mean()
+    return planes
+
+
+def finish(pixels: npt.NDArray[np.uint8], frame: Frame) -> Image.Image:
+    """Make the result's image from the network's pixels [H, W, 3]: RGB, or RGBA as `frame` has it.
+
+    What `frame.backdrop` lent to the colours of transparent pixels is taken out again.
+    """
+    image = resize(Image.fromarray(pixels), frame.size)
+    if frame.alpha is not None:
+        alpha = resize(frame.alpha, frame.size)
+        share = np.asarray(alpha, dtype=np.float32)[..., None] / 255
+        mixed = np.asarray(image, dtype=np.float32)
+        own = (mixed - (1 - share) * frame.backdrop) / np.maximum(share, 1 / 255)
+        image = Image.fromarray(np.rint(own.clip(0, 255)).astype(np.uint8))
+        image.putalpha(alpha)
+    if frame.icc_profile is not None:
+        image.info["icc_profile"] = frame.icc_profile
+    return image
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize (bicubic) to (width, height); the image itself where it has that size."""
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def has_visible_transparency(image: Image.Image) -> bool:
+    """Whether some pixel of an RGBA image is not fully opaque."""
+    return image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255)
+
+
+def flatten(image: Image.Image, grey: int) -> Image.Image:
+    """Lay an RGB or RGBA image on a plain ground [RGB]."""
+    if image.mode != "RGBA":
+        return image
+    return _laid(image.convert("RGB"), image.getchannel("A"), grey)
+
+
+def _laid(rgb: Image.Image, alpha: Image.Image, grey: int) -> Image.Image:
+    return Image.composite(rgb, Image.new("RGB", rgb.size, (grey, grey, grey)), alpha)
+
+
+def encode(image: Image.Image, form: Format) -> bytes:
+    """Encode an RGB or RGBA image; JPEG has no alpha, so it is flattened on white there."""
+    buffer = io.BytesIO()
+    profile = image.info.get("icc_profile")
+    if form == "png":
+        image.save(buffer, "PNG", icc_profile=profile)
+    elif form == "webp":
+        # Text suffers most from lossy coding, and crops are small.
+        image.save(buffer, "WEBP", lossless=True, exact=True, icc_profile=profile)
+    else:
+        plain = flatten(image, 255)
+        plain.save(buffer, "JPEG", quality=95, subsampling=0, icc_profile=profile)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing so that it is seen whole or not at all; makes missing folders.
+
+    Raises OSError; whatever ends the block early leaves nothing behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: the final one plus an ending could be longer than a file system takes.
+    temporary = path.parent / f".lemma-fast-{secrets.token_hex(8)}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file by way of `written`."""
+    with written(path) as file:
+        file.write(data)

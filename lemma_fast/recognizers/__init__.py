@@ -1,0 +1,73 @@
+"""Recognisers that read word crops: to measure super-resolution with, and to train it against.
+
+reader = load_recognizer("crnn", "crnn.pth")
+for reading in reader.read(images):      # (N, 3, H, W) in [0, 1]
+    print(reading.text, reading.confidence)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lemma_fast.recognizers import crnn, tesseract, text_focus
+from lemma_fast.recognizers.base import Reading, Recognizer
+from lemma_fast.recognizers.crnn import CRNN, CRNNConfig
+from lemma_fast.recognizers.tesseract import Tesseract
+from lemma_fast.recognizers.text_focus import TextFocus, TextFocusConfig
+
+__all__ = [
+    "CRNN",
+    "CRNNConfig",
+    "Reading",
+    "Recognizer",
+    "Tesseract",
+    "TextFocus",
+    "TextFocusConfig",
+    "list_recognizers",
+    "load_recognizer",
+]
+
+# A network's loader takes its checkpoint and options; a new recogniser is one more line here.
+_NETWORKS: dict[str, Callable[..., CRNN | TextFocus]] = {
+    "crnn": crnn.load,
+    "text_focus": text_focus.load,
+}
+# A program's constructor takes options alone: what it knows is installed with it.
+_PROGRAMS: dict[str, Callable[..., Recognizer]] = {
+    "tesseract": tesseract.Tesseract,
+}
+
+
+def list_recognizers() -> list[str]:
+    """Return the names that `load_recognizer` knows, sorted."""
+    return sorted([*_NETWORKS, *_PROGRAMS])
+
+
+def load_recognizer(
+    name: str,
+    checkpoint: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    **options: Any,
+) -> Recognizer:
+    """Return the recogniser `name`, ready to read.
+
+    A network needs a `checkpoint`, ours (`.safetensors`) or the published one, and goes to
+    `device`, where "auto" is CUDA if there is any, else the CPU. A program such as Tesseract has
+    neither. `options` are the recogniser's own: `corrected` of crnn, `jobs` of tesseract.
+    """
+    if name in _PROGRAMS:
+        if checkpoint is not None:
+            raise ValueError(f"{name} is an installed program and takes no checkpoint")
+        return _PROGRAMS[name](**options)
+    if name not in _NETWORKS:
+        raise ValueError(f"no recogniser {name!r}; there are {', '.join(list_recognizers())}")
+    if checkpoint is None:
+        raise ValueError(f"{name} is a network and needs a checkpoint, published or trained here")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _NETWORKS[name](checkpoint, **options).to(device)

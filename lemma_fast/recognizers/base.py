@@ -1,0 +1,122 @@
+"""What the recognisers share: the reading they return, their input checks, their weight files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was read in one image.
+
+    `confidence` is in [0, 1]; each recogniser says how it is made. `ids` are the class ids of the
+    characters, empty where the recogniser has none.
+    """
+
+    text: str
+    confidence: float
+    ids: tuple[int, ...] = ()
+
+
+class Recognizer(Protocol):
+    """Anything that reads word crops."""
+
+    def read(self, images: Tensor) -> list[Reading]:
+        """Read RGB `images` (N, 3, H, W) in [0, 1], pre-processing included."""
+        ...
+
+
+def check_images(images: Tensor) -> None:
+    """Raise ValueError unless `images` is a floating-point (N, 3, H, W) batch."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            "expected RGB images (N, 3, H, W) in floating point,"
+            f" got {tuple(images.shape)} {images.dtype}"
+        )
+
+
+def grey(images: Tensor) -> Tensor:
+    """Turn RGB (N, 3, H, W) into grey (N, 1, H, W) by 0.299 R + 0.587 G + 0.114 B, unclamped."""
+    red, green, blue = images.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a checkpoint, on the CPU.
+
+    A `.safetensors` file may carry metadata; any other file is read as a PyTorch checkpoint of
+    plain tensors (nothing in it is executed), which may sit under `state_dict` or `model`, with
+    or without a `module.` prefix.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {key: file.get_tensor(key) for key in names}, dict(file.metadata() or {})
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than plain tensors and is not opened") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"{path} is not a dictionary of named tensors")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}, {}
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `model`; raise ValueError that names everything that does not fit."""
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8])
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {shown}{more}")
+    model.load_state_dict(dict(state))
+
+
+def config_from_json(kind: type[Config], text: str) -> Config:
+    """Rebuild a configuration dataclass that was stored as JSON."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(text).items()
+    }
+    return kind(**fields)
+
+
+def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write the model's tensors and `metadata` as safetensors, all or nothing."""
+    path = Path(path)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata=dict(metadata))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def config_to_json(config: Any) -> str:
+    """Store a configuration dataclass as JSON."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)

@@ -1,0 +1,332 @@
+import io
+import os
+import stat
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from lemma_fast import images
+from lemma_fast.images import ImageError
+
+DARK, LIGHT = 40, 210
+
+
+def halves(width=8, height=4):
+    """Left half dark, right half light, mode RGB."""
+    image = Image.new("RGB", (width, height), (DARK,) * 3)
+    image.paste((LIGHT,) * 3, (width // 2, 0, width, height))
+    return image
+
+
+def saved(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def palette_with_transparency():
+    image = Image.new("P", (8, 4))
+    image.putpalette([DARK] * 3 + [LIGHT] * 3)
+    image.paste(1, (4, 0, 8, 4))
+    return saved(image, "PNG", transparency=bytes([255, 0]))
+
+
+def deep(white):
+    return np.asarray(halves().convert("L"), dtype=np.float64) / 255 * white
+
+
+MODES = {
+    "1": lambda: saved(halves().convert("1", dither=0), "PNG"),
+    "L": lambda: saved(halves().convert("L"), "PNG"),
+    "P": lambda: saved(halves().quantize(4), "PNG"),
+    "RGB": lambda: saved(halves(), "PNG"),
+    "CMYK": lambda: saved(halves().convert("CMYK"), "TIFF"),
+    "YCbCr": lambda: saved(halves(), "JPEG", quality=100),
+    "I;16": lambda: saved(Image.fromarray(deep(65535).astype(np.uint16)), "PNG"),
+    "I;16B": lambda: saved(Image.fromarray(deep(65535).astype(">u2")), "TIFF"),
+    "I": lambda: saved(Image.fromarray(deep(65535).astype(np.int32)), "TIFF"),
+    "F": lambda: saved(Image.fromarray(deep(1).astype(np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_opaque_mode_becomes_the_same_rgb(mode):
+    crop = images.open_image(MODES[mode]())
+    assert crop.rgb.mode == "RGB"
+    assert crop.alpha is None
+    pixels = np.asarray(crop.rgb).astype(int)
+    left, right = (0, 255) if mode == "1" else (DARK, LIGHT)
+    assert abs(pixels[:, :3] - left).max() <= 2
+    assert abs(pixels[:, 5:] - right).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "RGBa", "PA"])
+def test_alpha_is_split_off(mode):
+    image = halves().convert("LA" if mode in ("LA", "La") else "RGBA")
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 2, 4))
+    image.putalpha(alpha)
+    crop = images.from_pillow(image.convert(mode) if mode != "PA" else to_pa(image))
+    assert np.asarray(crop.alpha)[0].tolist() == [0, 0] + [255] * 6
+    assert np.asarray(crop.rgb)[0, 6].tolist() == pytest.approx([LIGHT] * 3, abs=1)
+
+
+def to_pa(image):
+    pa = image.convert("RGB").quantize(4).convert("PA")
+    pa.putalpha(image.getchannel("A"))
+    return pa
+
+
+def test_palette_transparency_becomes_alpha():
+    crop = images.open_image(palette_with_transparency())
+    assert np.asarray(crop.alpha)[0].tolist() == [255] * 4 + [0] * 4
+
+
+@pytest.mark.parametrize("mode", ["HSV", "LAB", "YCbCr"])
+def test_other_colour_spaces_are_converted(mode):
+    source = halves()
+    if mode == "LAB":
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(source, srgb, lab, outputMode="LAB")
+    else:
+        image = source.convert(mode)
+    pixels = np.asarray(images.from_pillow(image).rgb).astype(int)
+    assert abs(pixels - np.asarray(source)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.array([[0, 257, 65535]], np.uint16), [0, 1, 255]),
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+        (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
+        (np.array([[-100, -60, 100]], np.int32), [0, 51, 255]),
+        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        (np.array([[0, 100, 255]], np.float32), [0, 100, 255]),
+        (np.array([[7, 7, 7]], np.float32), [7, 7, 7]),
+        (np.array([[-3, -3, -3]], np.float32), [0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_deep_pixels_are_scaled_not_clipped(array, expected):
+    crop = images.from_pillow(Image.fromarray(array))
+    assert np.asarray(crop.rgb)[0, :, 0].tolist() == expected
+
+
+def test_dark_sixteen_bit_files_stay_dark():
+    dark = Image.fromarray(np.full((2, 2), 200, np.uint16))
+    assert np.asarray(images.open_image(saved(dark, "PNG")).rgb).max() == 1
+
+
+def test_pixels_that_are_no_numbers_are_refused():
+    with pytest.raises(ImageError, match="not finite"):
+        images.from_pillow(Image.fromarray(np.array([[np.nan, 1]], np.float32)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    upright = halves()
+    upright.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(upright, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    crop = images.open_image(data)
+    assert np.array_equal(np.asarray(crop.rgb), np.asarray(expected))
+    with images.opened(data) as image:
+        assert images.upright_size(image) == crop.rgb.size
+    assert crop.rgb.size == ((4, 8) if orientation > 4 else (8, 4))
+
+
+def test_first_frame_of_an_animation_is_used_and_said_so():
+    frames = [Image.new("L", (8, 4), grey) for grey in (50, 150, 250)]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    crop = images.open_image(data)
+    assert abs(np.asarray(crop.rgb).astype(int) - 50).max() <= 2
+    assert "first" in crop.notes[0]
+    assert images.open_image(saved(frames[0], "GIF")).notes == ()
+
+
+def png_header(width, height):
+    def chunk(name, body):
+        packed = struct.pack(">I", len(body)) + name + body
+        return packed + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+
+
+def noise():
+    return np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "zero bytes"),
+        (b"<html>no image</html>", "not an image"),
+        (saved(Image.fromarray(noise()), "PNG")[:400], "truncated"),
+        (saved(Image.fromarray(noise()), "JPEG")[:700], "truncated"),
+        (png_header(10_000, 10_000), "safety limit"),
+        (png_header(60_000, 60_000), "safety limit"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n", "not an image"),
+    ],
+    ids=["empty", "html", "cut png", "cut jpeg", "bomb", "larger bomb", "postscript"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_cannot_be_decoded_says_why(data, reason, tmp_path):
+    with pytest.raises(ImageError, match=reason):
+        images.open_image(data)
+    path = tmp_path / "crop.png"
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="empty" if not data else reason):
+        images.open_image(path)
+
+
+def test_files_that_are_none_say_why(tmp_path):
+    with pytest.raises(ImageError, match="no such file"):
+        images.open_image(tmp_path / "absent.png")
+    with pytest.raises(ImageError, match="a folder"):
+        images.open_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="not a regular file"):
+        images.open_image(tmp_path / "pipe.png")
+
+
+def test_network_input_follows_the_published_rule():
+    source = Image.fromarray(np.random.default_rng(1).integers(0, 256, (23, 91, 3), np.uint8))
+    planes = images.network_input(source)
+    small = source.resize((64, 16), Image.Resampling.BICUBIC)
+    assert planes.shape == (4, 16, 64)
+    assert planes.dtype == np.float32
+    assert np.array_equal(planes[:3], np.asarray(small).transpose(2, 0, 1) / np.float32(255))
+    grey = np.array(small.convert("L"))
+    threshold = grey.mean()
+    mask = small.convert("L").point(lambda level: 0 if level > threshold else 255)
+    assert np.array_equal(planes[3], np.asarray(mask) / 255)
+    assert 0 < planes[3].mean() < 1
+
+
+def test_flat_crop_is_all_mask():
+    # No pixel exceeds the mean of equal pixels.
+    assert (images.network_input(Image.new("RGB", (64, 16), (9, 9, 9)))[3] == 1).all()
+
+
+def lettered(letter, hidden):
+    """A letter drawn by alpha alone; transparent pixels hide another colour."""
+    image = Image.new("RGBA", (8, 4), (*(hidden,) * 3, 0))
+    image.paste((*(letter,) * 3, 255), (2, 1, 4, 3))
+    return image
+
+
+@pytest.mark.parametrize(("letter", "ground"), [(0, 255), (255, 0)])
+def test_transparent_letters_stand_out_of_their_backdrop(letter, ground):
+    # What hides under full transparency is the letter's own colour: invisible if taken as it is.
+    crop = images.from_pillow(lettered(letter, hidden=letter))
+    pixels = np.asarray(crop.opaque)[..., 0]
+    assert pixels[0, 0] == ground
+    assert pixels[1, 2] == letter
+
+
+def test_backdrop_is_taken_out_of_the_result():
+    alpha = Image.new("L", (4, 2), 128)
+    crop = images.Crop(Image.new("RGB", (4, 2), (0, 0, 0)), alpha)
+    seen = np.asarray(crop.opaque)
+    result = images.finish(seen, crop.frame("native", (4, 2)))
+    assert result.mode == "RGBA"
+    assert np.asarray(result)[..., :3].max() <= 1
+    assert np.asarray(result)[..., 3].tolist() == [[128] * 4] * 2
+
+
+def test_alpha_is_enlarged_beside():
+    crop = images.from_pillow(lettered(0, hidden=0))
+    frame = crop.frame("x2", (128, 32))
+    result = images.finish(np.zeros((32, 128, 3), np.uint8), frame)
+    assert result.size == (16, 8)
+    expected = crop.alpha.resize((16, 8), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(result.getchannel("A")), np.asarray(expected))
+
+
+def test_native_and_x2_sizes():
+    crop = images.Crop(Image.new("RGB", (30, 11)))
+    pixels = np.zeros((32, 128, 3), np.uint8)
+    assert images.finish(pixels, crop.frame("native", (128, 32))).size == (128, 32)
+    assert images.finish(pixels, crop.frame("x2", (128, 32))).size == (60, 22)
+
+
+def test_colour_profile_is_kept_for_rgb_only():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    crop = images.open_image(saved(halves(), "PNG", icc_profile=srgb))
+    assert crop.icc_profile == srgb
+    result = images.finish(np.zeros((4, 8, 3), np.uint8), crop.frame("native", (8, 4)))
+    for form in ("png", "jpg", "webp"):
+        again = Image.open(io.BytesIO(images.encode(result, form)))
+        assert again.info["icc_profile"] == srgb
+    ink = srgb[:16] + b"CMYK" + srgb[20:]
+    assert images.open_image(saved(halves(), "PNG", icc_profile=ink)).icc_profile is None
+
+
+@pytest.mark.parametrize("form", ["png", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_png_and_webp_are_lossless(form, mode):
+    pixels = np.random.default_rng(2).integers(0, 256, (9, 17, len(mode)), np.uint8)
+    again = Image.open(io.BytesIO(images.encode(Image.fromarray(pixels), form)))
+    assert again.mode == mode
+    assert np.array_equal(np.asarray(again), pixels)
+
+
+def test_jpeg_flattens_on_white():
+    again = Image.open(io.BytesIO(images.encode(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "jpg")))
+    assert again.format == "JPEG"
+    assert np.asarray(again).min() == 255
+
+
+def test_visible_transparency():
+    assert not images.has_visible_transparency(Image.new("RGBA", (2, 2), (0, 0, 0, 255)))
+    assert images.has_visible_transparency(Image.new("RGBA", (2, 2), (0, 0, 0, 254)))
+    assert not images.has_visible_transparency(Image.new("RGB", (2, 2)))
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "result.png"
+    path.write_bytes(b"old")
+
+    def interrupted():
+        with images.written(path) as file:
+            file.write(b"half of the new o")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.png"]
+
+
+def test_writing_makes_folders_replaces_and_respects_umask(tmp_path):
+    path = tmp_path / "new" / "folder" / "result.png"
+    before = os.umask(0o027)
+    try:
+        images.write_atomically(path, b"one")
+        images.write_atomically(path, b"two")
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"two"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_a_link_is_replaced_not_followed(tmp_path):
+    original, link = tmp_path / "original.png", tmp_path / "link.png"
+    original.write_bytes(b"precious")
+    link.symlink_to(original)
+    images.write_atomically(link, b"result")
+    assert original.read_bytes() == b"precious"
+    assert link.read_bytes() == b"result"
+
+
+def test_folders_are_searched_for_common_endings_only():
+    assert {".png", ".jpg", ".jpeg", ".webp", ".tif", ".bmp", ".gif"} <= images.image_suffixes()
+    assert not {".eps", ".ps", ".wmf", ".txt", ".mpg", ""} & images.image_suffixes()
