@@ -21,8 +21,7 @@ help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.package  ## set up, then double the size of the crops in examples/
-	$(BIN)/lemma-fast upscale examples/crops -o $(DEMO_OUTPUT) --compare --overwrite
-	@echo "The pictures are in $(DEMO_OUTPUT)/."
+	@$(BIN)/python examples/demo.py $(DEMO_OUTPUT)
 
 test: lint types  ## set up with all tools, then lint, types and tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -1,9 +1,42 @@
 """lemma-fast: LEMMA, the scene-text super-resolution network, as software."""
 
-from lemma_fast.checkpoint import CheckpointError, load
-from lemma_fast.config import LemmaConfig, PriorConfig
-from lemma_fast.model import LEMMA
-from lemma_fast.recognizer import Prior
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lemma_fast.checkpoint import CheckpointError, load
+    from lemma_fast.config import LemmaConfig, PriorConfig
+    from lemma_fast.model import LEMMA
+    from lemma_fast.recognizer import Prior
+    from lemma_fast.upscale import Upscaled, Upscaler
 
 __version__ = "0.1.0"
-__all__ = ["LEMMA", "CheckpointError", "LemmaConfig", "Prior", "PriorConfig", "load", "__version__"]
+__all__ = [
+    "LEMMA", "CheckpointError", "LemmaConfig", "Prior", "PriorConfig", "Upscaled", "Upscaler",
+    "__version__", "load",
+]  # fmt: skip
+
+# Torch is imported with the first of these names, so that `lemma-fast --help` need not wait for it.
+_HOMES = {
+    "LEMMA": "model",
+    "CheckpointError": "checkpoint",
+    "LemmaConfig": "config",
+    "Prior": "recognizer",
+    "PriorConfig": "config",
+    "Upscaled": "upscale",
+    "Upscaler": "upscale",
+    "load": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for from the module that defines it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lemma_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lemma_fast.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

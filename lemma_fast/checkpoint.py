@@ -11,7 +11,8 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,10 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
 
 
 def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:
-    """Write `model` as safetensors with its config, a digest of its tensors, and `provenance`."""
+    """Write `model` as safetensors with its config, a digest of its tensors, and `provenance`.
+
+    Raises CheckpointError where the file cannot be written; nothing is left behind then.
+    """
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
@@ -69,10 +73,8 @@ def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = 
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **(provenance or {}),
     }
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    save_file(state, partial, metadata)
-    partial.replace(path)
+    with _complete(Path(path)) as partial:
+        save_file(state, partial, metadata)
 
 
 def verify(path: str | Path) -> str:
@@ -93,9 +95,9 @@ def convert(source: str | Path, target: str | Path) -> None:
         origin = {"source": source.name, "source_sha256": file_digest(source)}
         save(model, target, origin)
     elif target.suffix in (".pth", ".pt"):
-        partial = target.with_name(target.name + ".part")
-        torch.save({"state_dict_G": to_published(model)}, partial)
-        partial.replace(target)
+        published = {"state_dict_G": to_published(model)}
+        with _complete(target) as partial:
+            torch.save(published, partial)
     else:
         raise CheckpointError(
             f"{target}: the name must end in .safetensors (ours) or .pth (published form)"
@@ -286,6 +288,21 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` at the end and is removed on failure."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {path.parent}")
+    partial = path.with_name(path.name + ".part")
+    try:
+        yield partial
+        partial.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _check_digest(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

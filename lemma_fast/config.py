@@ -134,7 +134,10 @@ class LemmaConfig:
 
     @classmethod
     def small(cls) -> LemmaConfig:
-        """The packaged network: three blocks of the same width, and a far smaller prior."""
+        """The packaged network: three blocks of the same width, and a far smaller prior.
+
+        It is trained on aligned pairs, which rectification would only put out of alignment.
+        """
         prior = PriorConfig(
             stem_width=16,
             widths=(24, 32, 64, 96, 128),
@@ -145,7 +148,7 @@ class LemmaConfig:
             key_width=32,
             language_layers=2,
         )
-        return cls(num_blocks=3, prior=prior)
+        return cls(num_blocks=3, rectification=False, prior=prior)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, as stored in a checkpoint's metadata."""

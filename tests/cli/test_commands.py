@@ -40,7 +40,7 @@ def test_help_imports_neither_training_nor_the_upscaler():
         "import sys, lemma_fast.cli as cli\n"
         "try: cli.app(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'lemma_fast.upscale', 'lemma_fast.training', 'triton', 'lightning', 'PIL'}\n"
+        "heavy = {'lemma_fast.upscale', 'lemma_fast.training', 'triton', 'torch', 'PIL'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ from lemma_fast import LEMMA, CheckpointError, LemmaConfig, checkpoint
 from lemma_fast.published import name_map, published_name
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
-TINY = replace(LemmaConfig.small(), num_blocks=1)
+TINY = replace(LemmaConfig.small(), num_blocks=1, rectification=True)
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +276,18 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(CheckpointError, match="someone/model: not a local file.*no route"):
         lemma_fast.load("someone/model")
+
+
+def test_a_failed_write_leaves_nothing(
+    model: LEMMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(_state: object, path: Path, _metadata: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fill_the_disk)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot be written \(no space"):
+        checkpoint.save(model, tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        checkpoint.save(model, tmp_path / "nowhere" / "m.safetensors")

@@ -194,6 +194,7 @@ def test_import_lemma_fast_is_light():
         "import sys, json, torch\n"
         "before = set(sys.modules)\n"
         "import lemma_fast\n"
+        "lemma_fast.load, lemma_fast.LEMMA\n"
         "print(json.dumps(sorted(set(sys.modules) - before)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -9,7 +9,7 @@ import torch
 from lemma_fast import LEMMA, LemmaConfig
 from lemma_fast.ops import reference
 
-ONE_BLOCK = replace(LemmaConfig.small(), num_blocks=1)
+ONE_BLOCK = replace(LemmaConfig.small(), num_blocks=1, rectification=True)
 
 
 @pytest.fixture

@@ -1,0 +1,393 @@
+"""What a training run is made of: typed settings, read from YAML, with unknown keys named.
+
+    base: textzoom.yaml          # another file that this one changes; relative to it, or packaged
+    seed: 1                      # keys of `Settings`
+    stages:
+      prior: {run: {steps: 100}} # what one stage changes; a file trains its stages in this order
+      lemma: {start: {prior: ["stage:prior"]}}
+
+`stage:NAME` stands for the weights that stage NAME of the same run exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from lemma_fast.config import LemmaConfig
+from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
+from lemma_fast.training.losses import LOSS_SCALE, LossWeights
+
+Stage = Literal["prior", "text_focus", "crnn", "lemma"]
+Values = dict[str, Any]
+T = TypeVar("T")
+
+#: The name of a stage's exported weights in its folder.
+WEIGHTS = "best.safetensors"
+_REFERENCE = "stage:"
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the message names the key and the reason."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where crops come from; `train`, `validation` and `test` are LMDB roots, each list joined.
+
+    `selection` says what the best weights are chosen on: a share held out of `train`, the sets in
+    `validation`, or (the published habit, which flatters the result) the `test` sets.
+    """
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    selection: Literal["held_out", "validation", "test"] = "held_out"
+    held_out_share: float = 0.05
+    held_out_seed: int = 0
+    validation_crops: int | None = None
+    cache: Literal["none", "ram"] = "none"
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    """Weights to start from: the whole network, or the prior's.
+
+    `prior` is one file of ours, or published ABINet files (vision, language, or both in one).
+    """
+
+    weights: str | None = None
+    prior: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The objective; the defaults are the published one, quirks included (see `losses`).
+
+    `recognizer` is the text-focus Transformer's checkpoint. The first `pixel_steps` steps leave
+    its terms out.
+    """
+
+    weights: LossWeights = field(default_factory=LossWeights)
+    recognizer: str | None = None
+    pixel_steps: int = 0
+    scale: float = LOSS_SCALE
+    attention_padding: bool = True
+    unit_diagonal: bool = False
+    double_softmax: bool = True
+    fine_tune_padding: bool = True
+    filtered_labels: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Adam, gradient clipping and the schedule of the learning rate.
+
+    `steps` multiplies the rate by `factor` after every `step_epochs` epochs, `cosine` ends at 0;
+    both start with `warm_up` steps from 0.
+    """
+
+    learning_rate: float = 1e-3
+    prior_learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    weight_decay: float = 0.0
+    clip: float | None = 0.25
+    schedule: Literal["steps", "cosine", "constant"] = "steps"
+    step_epochs: float = 400
+    factor: float = 0.5
+    warm_up: int = 0
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How long, on what, and how often something is written; give one of `steps` and `epochs`.
+
+    `batch_size` is the number of crops in a step on all devices together.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 64
+    precision: Literal["float32", "bfloat16"] = "float32"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    nodes: int = 1
+    sync_batchnorm: bool = False
+    ema: float | None = None
+    validate_every: int = 500
+    save_every: int = 500
+    log_every: int = 50
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """What the best weights are best in; `recognizer` is a CRNN checkpoint for `accuracy`.
+
+    The stages that train a recogniser know `accuracy` (their own) and `loss`, LEMMA also `psnr`.
+    """
+
+    metric: Literal["accuracy", "psnr", "loss"] = "psnr"
+    recognizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One stage of a run."""
+
+    stage: Stage
+    output: str = "runs/lemma"
+    seed: int = 0
+    ops: Literal["reference", "fused"] = "reference"
+    # `preset` (base, small) and entries of LemmaConfig; of TextFocusConfig or CRNNConfig with the
+    # presets published and small.
+    model: Values = field(default_factory=dict)
+    recognizer: Values = field(default_factory=dict)
+    # What the stages that train a recogniser look at; `both` alternates.
+    images: Literal["hr", "lr", "both"] = "hr"
+    data: DataSettings = field(default_factory=DataSettings)
+    start: StartSettings = field(default_factory=StartSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    select: SelectSettings = field(default_factory=SelectSettings)
+    export: Literal["float32", "float16"] = "float32"
+
+    @property
+    def folder(self) -> Path:
+        """Where this stage writes."""
+        return Path(self.output) / self.stage
+
+    def path(self, name: str) -> Path:
+        """A file named in the settings, with `stage:NAME` looked up."""
+        if name.startswith(_REFERENCE):
+            return Path(self.output) / name.removeprefix(_REFERENCE) / WEIGHTS
+        return Path(name)
+
+    def lemma_config(self) -> LemmaConfig:
+        """The network's sizes; raises SettingsError."""
+        presets = {"base": LemmaConfig.base(), "small": LemmaConfig.small()}
+        values = dict(self.model)
+        merged = merge(_preset(presets, values, "model").to_dict(), values)
+        try:
+            return LemmaConfig.from_dict(merged)
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"model: {error}") from error
+
+    def text_focus_config(self) -> TextFocusConfig:
+        """The loss recogniser's sizes; raises SettingsError."""
+        presets = {"published": TextFocusConfig(), "small": TextFocusConfig.small()}
+        return _recognizer(presets, self.recognizer)
+
+    def crnn_config(self) -> CRNNConfig:
+        """The evaluator's sizes; raises SettingsError."""
+        presets = {"published": CRNNConfig(), "small": CRNNConfig.small()}
+        return _recognizer(presets, self.recognizer)
+
+    def check(self) -> None:
+        """Raise SettingsError where values contradict each other."""
+        data, run = self.data, self.run
+        if not data.train:
+            raise SettingsError("data.train names no set: give it an LMDB, data.train=[train.lmdb]")
+        if data.selection != "held_out" and not getattr(data, data.selection):
+            raise SettingsError(f"data.selection is {data.selection}, but data.{data.selection} "
+                                "names no set")
+        if data.selection == "held_out" and not 0 < data.held_out_share < 1:
+            raise SettingsError(f"data.held_out_share {data.held_out_share} is not between 0 and 1")
+        if (run.steps is None) == (run.epochs is None):
+            raise SettingsError("give one of run.steps and run.epochs, the other null")
+        for name in ("batch_size", "devices", "nodes", "validate_every", "save_every", "log_every"):
+            if getattr(run, name) < 1:
+                raise SettingsError(f"run.{name} must be at least 1, got {getattr(run, name)}")
+        if run.ema is not None and not 0 < run.ema < 1:
+            raise SettingsError(f"run.ema {run.ema} is not between 0 and 1")
+        wanted, stage = self.select.metric, self.stage
+        if stage != "lemma" and wanted == "psnr":
+            raise SettingsError(f"select.metric psnr means nothing to stage {stage}: accuracy, loss")
+        if stage == "lemma" and wanted == "accuracy" and self.select.recognizer is None:
+            raise SettingsError("select.metric accuracy needs select.recognizer, a CRNN checkpoint")
+        text_focus = self.loss.weights.text_focus != 0
+        if stage == "lemma" and text_focus and self.loss.recognizer is None:
+            raise SettingsError(
+                "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
+                "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
+            )
+        if stage in ("prior", "lemma"):
+            self.lemma_config()
+        elif stage == "text_focus":
+            self.text_focus_config()
+        else:
+            self.crnn_config()
+
+
+def packaged() -> list[str]:
+    """Names of the configs that came with this installation."""
+    folder = resources.files("lemma_fast.training") / "configs"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if ".yaml" in entry.name)
+
+
+def stages(config: str | Path, overrides: Sequence[str] = ()) -> list[Settings]:
+    """All stages of a config, in the order in which they are trained; raises SettingsError."""
+    values = _read(_locate(config, None))
+    own = values.pop("stages", None)
+    if own is None:
+        own = {str(values.get("stage", "lemma")): {}}
+    if not isinstance(own, dict) or not own:
+        raise SettingsError("stages must be a table of stages")
+    values.pop("stage", None)
+    common: Values = {}
+    for override in overrides:
+        keys, value = _override(override)
+        if keys[0] == "stages":
+            if len(keys) < 3 or keys[1] not in own:
+                raise SettingsError(f"{override}: there is stages.{', stages.'.join(own)}")
+            own[keys[1]] = merge(own[keys[1]] or {}, _nested(keys[2:], value))
+        else:
+            common = merge(common, _nested(keys, value))
+    found = []
+    for stage, changes in own.items():
+        resolved = merge(merge(values, changes or {}), common)
+        found.append(build(Settings, {**resolved, "stage": stage}))
+    return found
+
+
+def choose(config: str | Path, stage: str = "all", overrides: Sequence[str] = ()) -> list[Settings]:
+    """The stage that is asked for, or all of them; checked, raises SettingsError."""
+    found = stages(config, overrides)
+    if stage != "all":
+        names = [settings.stage for settings in found]
+        if stage not in names:
+            raise SettingsError(f"{config} has no stage {stage!r}; it has {', '.join(names)}")
+        found = [settings for settings in found if settings.stage == stage]
+    for settings in found:
+        settings.check()
+    return found
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> Values:
+    """`old` changed by `new`: tables entry by entry, everything else as a whole."""
+    merged = dict(old)
+    for key, value in new.items():
+        before = merged.get(key)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(before, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def build(kind: type[T], values: Mapping[str, Any], at: str = "") -> T:
+    """Make a settings dataclass of plain values; raises SettingsError that names the key."""
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+            raise SettingsError(f"unknown key {at}{key}; {hint}")
+    entries = {key: _convert(hints[key], value, f"{at}{key}") for key, value in values.items()}
+    return kind(**entries)
+
+
+def _convert(kind: Any, value: Any, at: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, at)
+    if origin is Literal:
+        if value not in arguments:
+            raise SettingsError(f"{at} is one of {', '.join(arguments)}; not {value!r}")
+        return value
+    if dataclasses.is_dataclass(kind) or origin is dict:
+        if not isinstance(value, Mapping):
+            raise SettingsError(f"{at} is a table, not {value!r}")
+        return dict(value) if origin is dict else build(typing.cast(type, kind), value, f"{at}.")
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise SettingsError(f"{at} is a list, not {value!r}")
+        if arguments[-1] is not Ellipsis and len(items) != len(arguments):
+            raise SettingsError(f"{at} has {len(arguments)} entries, not {len(items)}")
+        return tuple(_convert(arguments[0], item, f"{at}[{i}]") for i, item in enumerate(items))
+    if kind is float and isinstance(value, str):
+        # YAML takes 1e-3 for a word, because it has no point
+        try:
+            return float(value)
+        except ValueError:
+            raise SettingsError(f"{at} is a number, not {value!r}") from None
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise SettingsError(f"{at} is {names[kind]}, not {value!r}")
+    return float(value) if kind is float else value
+
+
+def _preset(presets: Mapping[str, T], values: Values, at: str) -> T:
+    """Take `preset` out of `values`; the first one is the default."""
+    name = values.pop("preset", next(iter(presets)))
+    if name not in presets:
+        raise SettingsError(f"{at}.preset is one of {', '.join(presets)}; not {name!r}")
+    return presets[name]
+
+
+def _recognizer(presets: Mapping[str, T], entries: Values) -> T:
+    values = dict(entries)
+    preset: Any = _preset(presets, values, "recognizer")
+    try:
+        return build(type(preset), merge(dataclasses.asdict(preset), values), "recognizer.")
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"recognizer: {error}") from error
+
+
+def _locate(config: str | Path, beside: Path | None) -> Path:
+    """The file of a config: a path (relative to the file that names it), or a packaged name."""
+    path = Path(config)
+    places = [path] if beside is None else [beside / path]
+    folder = Path(str(resources.files("lemma_fast.training"))) / "configs"
+    places += [folder / path.name, folder / f"{path.name}.yaml"] if path.name == str(path) else []
+    for place in places:
+        if place.is_file():
+            return place
+    raise SettingsError(f"no config {config}; packaged are {', '.join(packaged())}")
+
+
+def _read(path: Path, seen: Iterable[Path] = ()) -> Values:
+    if path in seen:
+        raise SettingsError(f"{path} is based on itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path} is not a table of settings")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return merge(_read(_locate(str(base), path.parent), (*seen, path)), values)
+
+
+def _override(text: str) -> tuple[list[str], Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"{text!r} is not KEY=VALUE, such as run.steps=1000")
+    try:
+        return key.split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{text!r}: the value is not YAML: {error}") from error
+
+
+def _nested(keys: Sequence[str], value: Any) -> Values:
+    for key in reversed(keys):
+        value = {key: value}
+    return typing.cast(Values, value)
