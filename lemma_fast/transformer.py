@@ -41,16 +41,15 @@ class Attention(nn.Module):
 
         `mask` is boolean, broadcast to [N, heads, L, S]; True takes part.
         """
-        N, _, width = query.shape
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, weight, bias).view(N, -1, self.heads, width // self.heads).transpose(1, 2)
+            F.linear(x, weight, bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for x, weight, bias in zip((query, key, key), weights, biases, strict=True)
         )
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out_proj(attended.transpose(1, 2).reshape(N, -1, width))
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class TransformerLayer(nn.Module):

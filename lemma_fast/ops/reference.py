@@ -179,7 +179,7 @@ def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
     # it gets one opaque call instead. An exported program keeps PyTorch's own operator.
     opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     run = _opaque_gru if opaque and not torch.is_grad_enabled() else _gru
-    out = run(sequences, list(weights)).reshape(N, lines, steps, -1)
+    out = run(sequences, list(weights)).unflatten(0, (N, lines))
     out = out.permute(0, 3, 1, 2) if axis == 3 else out.permute(0, 3, 2, 1)
     # A permuted result would make eager batch norms copy, and their traced shapes disagree.
     return out.contiguous()
