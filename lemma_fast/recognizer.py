@@ -131,6 +131,19 @@ class PositionAttention(nn.Module):
         return vectors, attention.unflatten(2, features.shape[2:])
 
 
+class Seen(NamedTuple):
+    """What the vision part knows of a crop."""
+
+    features: Tensor
+    """[N, C, h, w], of the Transformer encoder."""
+    vectors: Tensor
+    """[N, T, C], one a character."""
+    attention: Tensor
+    """[N, T, h, w], one map a character."""
+    logits: Tensor
+    """[N, T, classes]."""
+
+
 class Vision(nn.Module):
     """Image to one vector, one attention map and one class score a character."""
 
@@ -152,12 +165,18 @@ class Vision(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised RGB [N, 3, 2H, 2W] to `img_logits` [N, T, classes] and `h_attn`."""
+        seen = self.look(image)
+        return seen.logits, seen.attention
+
+    def look(self, image: Tensor) -> Seen:
+        """As `forward`, with all that was found on the way."""
         features = self.resnet(image)
         tokens = self.dropout(features.flatten(2).transpose(1, 2) + self.positions)
         for layer in self.encoder:
             tokens = layer(tokens)
-        vectors, h_attn = self.attention(tokens.transpose(1, 2).unflatten(2, features.shape[2:]))
-        return self.classifier(vectors), h_attn
+        features = tokens.transpose(1, 2).unflatten(2, features.shape[2:])
+        vectors, h_attn = self.attention(features)
+        return Seen(features, vectors, h_attn, self.classifier(vectors))
 
 
 class Language(nn.Module):
@@ -179,6 +198,10 @@ class Language(nn.Module):
 
     def forward(self, probabilities: Tensor, lengths: Tensor) -> Tensor:
         """Class probabilities [N, T, classes] and lengths [N] to `text_logits` [N, T, classes]."""
+        return self.classifier(self.reconsider(probabilities, lengths))
+
+    def reconsider(self, probabilities: Tensor, lengths: Tensor) -> Tensor:
+        """The vectors [N, T, C] that `forward` classifies."""
         N, T, _ = probabilities.shape
         memory = self.dropout(self.embed(probabilities) + self.positions)
         place = torch.arange(T, device=lengths.device)
@@ -187,7 +210,7 @@ class Language(nn.Module):
         x = self.positions.to(memory.dtype).expand(N, -1, -1)
         for layer in self.layers:
             x = layer(x, memory, mask)
-        return self.classifier(x)
+        return x
 
 
 class TextPrior(nn.Module):

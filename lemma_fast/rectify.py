@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,27 @@ POOLS: tuple[tuple[int, int] | None, ...] = ((2, 2), (2, 2), (2, 2), (2, 2), (1,
 class Localization(nn.Module):
     """Crop [N, C, H, W] to control points [N, P, 2] as (x, y) in [0, 1]."""
 
-    def __init__(self, config: LemmaConfig) -> None:
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, int],
+        count: int,
+        pools: Sequence[tuple[int, int] | None] = POOLS,
+    ) -> None:
         super().__init__()
-        widths = (config.in_channels, *WIDTHS)
+        self.pools = tuple(pools)
+        widths = (channels, *WIDTHS)
         convs = [
             ConvNorm(before, after, 3, bias=True) for before, after in itertools.pairwise(widths)
         ]
         self.convs = nn.ModuleList(convs)
-        features = WIDTHS[-1] * (config.height // 16) * (config.width // 32)
-        self.hidden = nn.Linear(features, 512)
+        height, width = size
+        for pool in self.pools:
+            if pool is not None:
+                height, width = height // pool[0], width // pool[1]
+        self.hidden = nn.Linear(WIDTHS[-1] * height * width, 512)
         self.norm = nn.BatchNorm1d(512)
-        self.points = nn.Linear(512, 2 * config.control_points)
+        self.points = nn.Linear(512, 2 * count)
         for conv in convs:
             nn.init.kaiming_normal_(conv.conv.weight, mode="fan_out", nonlinearity="relu")
             assert conv.conv.bias is not None
@@ -37,10 +48,10 @@ class Localization(nn.Module):
         nn.init.zeros_(self.hidden.bias)
         nn.init.zeros_(self.points.weight)
         with torch.no_grad():
-            self.points.bias.copy_(edge_points(config.control_points, (0.01, 0.01)).flatten())
+            self.points.bias.copy_(edge_points(count, (0.01, 0.01)).flatten())
 
     def forward(self, crop: Tensor) -> Tensor:
-        for conv, pool in zip(self.convs, POOLS, strict=True):
+        for conv, pool in zip(self.convs, self.pools, strict=True):
             crop = F.relu(conv(crop))
             if pool is not None:
                 crop = F.max_pool2d(crop, pool)
@@ -49,7 +60,7 @@ class Localization(nn.Module):
 
 
 class ThinPlateSpline(nn.Module):
-    """Sample a crop so that its control points come to lie on the top and bottom edge.
+    """Sample a crop to `size` so that its control points come to lie on the top and bottom edge.
 
     The buffers are the published ones. `inverse_kernel` is ill-conditioned (largest entry 87): two
     machines' inverses differ by 1e-3, so a checkpoint's own is kept.
@@ -60,9 +71,9 @@ class ThinPlateSpline(nn.Module):
     target_coordinate_repr: Tensor
     target_control_points: Tensor
 
-    def __init__(self, config: LemmaConfig) -> None:
+    def __init__(self, size: tuple[int, int], count: int) -> None:
         super().__init__()
-        count = config.control_points
+        self.size = height, width = size
         targets = edge_points(count, (0.05, 0.05))
         kernel = torch.zeros(count + 3, count + 3)
         kernel[:count, :count] = radial(targets, targets)
@@ -70,8 +81,8 @@ class ThinPlateSpline(nn.Module):
         kernel[:count, -2:] = targets
         kernel[-2:, :count] = targets.T
         y, x = torch.meshgrid(
-            torch.arange(config.height, dtype=torch.float32) / (config.height - 1),
-            torch.arange(config.width, dtype=torch.float32) / (config.width - 1),
+            torch.arange(height, dtype=torch.float32) / (height - 1),
+            torch.arange(width, dtype=torch.float32) / (width - 1),
             indexing="ij",
         )
         pixels = torch.stack([x.flatten(), y.flatten()], dim=1)
@@ -86,7 +97,7 @@ class ThinPlateSpline(nn.Module):
         padded = torch.cat([points, self.padding_matrix.expand(len(points), -1, -1)], dim=1)
         grid = self.target_coordinate_repr @ (self.inverse_kernel @ padded)
         grid = 2 * grid.clamp(0, 1) - 1
-        grid = grid.unflatten(1, crop.shape[2:])
+        grid = grid.unflatten(1, self.size)
         return F.grid_sample(crop, grid, align_corners=False)
 
 
@@ -95,8 +106,9 @@ class Rectifier(nn.Module):
 
     def __init__(self, config: LemmaConfig) -> None:
         super().__init__()
-        self.localization = Localization(config)
-        self.spline = ThinPlateSpline(config)
+        size = (config.height, config.width)
+        self.localization = Localization(config.in_channels, size, config.control_points)
+        self.spline = ThinPlateSpline(size, config.control_points)
 
     def forward(self, crop: Tensor) -> Tensor:
         with torch.autocast(crop.device.type, enabled=False):

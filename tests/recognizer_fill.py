@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from published_network import GAINS as PRIOR_GAINS
+
+from lemma_fast.rectify import edge_points
 
 DATA = Path(__file__).parent / "golden" / "data" / "recognizers"
 
@@ -34,6 +37,44 @@ GAINS = {
         (lambda key: ".rnn.weight_" in key, 2.0),
         (lambda key: key.endswith(".embedding.weight"), 4.0),
     ],
+    "abinet": [(lambda key: key == "alignment.cls.weight", 5.0)],
+    "matrn": [(lambda key: key == "semantic_visual.cls.weight", 5.0)],
+    "parseq": [(lambda key: key == "head.weight", 3.0)],
+    "aster": [
+        (lambda key: key.startswith("stn_head.stn_fc2.weight"), 5.0),
+        (lambda key: key.startswith("encoder.layer") and ".conv2." in key, 1.0),
+        (lambda key: key.startswith("encoder.layer"), 1.2),
+        (lambda key: key.startswith("encoder.rnn.weight_"), 1.5),
+        (lambda key: key.startswith("decoder.decoder.gru.weight_"), 2.5),
+        (lambda key: key == "decoder.decoder.attention_unit.wEmbed.weight", 8.0),
+        (lambda key: key == "decoder.decoder.fc.weight", 6.0),
+    ],
+    "moran": [
+        (lambda key: key == "MORN.cnn.15.weight", 0.3),
+        (lambda key: key.startswith("ASRN.cnn."), 1.2),
+        (lambda key: ".rnn.weight_" in key, 2.5),
+        (lambda key: key.endswith("attention_cell.score.weight"), 8.0),
+        (lambda key: key.endswith("generator.weight"), 6.0),
+    ],
+}
+# standard deviation of the tables, which are no factors of a product
+TABLES = {
+    "encoder.pos_embed": 0.5,
+    "pos_queries": 1.0,
+    "decoder.decoder.tgt_embedding.weight": 1.0,
+    "ASRN.attentionL2R.char_embeddings": 1.0,
+    "ASRN.attentionR2L.char_embeddings": 1.0,
+}
+# by model and key: (element, what is added to it), so that the lengths of texts vary
+BOOST = {
+    ("abinet", "vision.cls.bias"): (0, 11.7),
+    ("abinet", "alignment.cls.bias"): (0, 15.3),
+    ("matrn", "vision.cls.bias"): (0, 11.7),
+    ("matrn", "language.cls.bias"): (0, 6.3),
+    ("matrn", "semantic_visual.cls.bias"): (0, 14.9),
+    ("parseq", "head.bias"): (0, 3.0),
+    ("aster", "decoder.decoder.fc.bias"): (94, 1.0),
+    ("moran", "ASRN.attentionL2R.generator.bias"): (36, 5.0),
 }
 
 
@@ -41,15 +82,38 @@ def key_rng(key: str, seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()) + seed))
 
 
+def _gain(model: str, key: str) -> float:
+    for matches, gain in GAINS[model]:
+        if matches(key):
+            return gain
+    # ABINet and MATRN have the prior's parts, and its gains.
+    inside = f"position_prior.{key}"
+    matching = (
+        g for start, end, g in PRIOR_GAINS if inside.startswith(start) and key.endswith(end)
+    )
+    return next(matching, 1.0)
+
+
 def _value(model: str, key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     rng = key_rng(key, seed)
     last = key.rsplit(".", 1)[-1]
+    if key in TABLES:
+        return TABLES[key] * rng.standard_normal(shape)
     if len(shape) >= 2:
-        gain = next((gain for matches, gain in GAINS[model] if matches(key)), 1.0)
-        return gain / math.sqrt(math.prod(shape[1:])) * rng.standard_normal(shape)
+        return _gain(model, key) / math.sqrt(math.prod(shape[1:])) * rng.standard_normal(shape)
+    if last == "weight" and shape == (1,):
+        return rng.uniform(0.1, 0.4, shape)
     if last in ("a_2", "running_var", "weight"):
         return rng.uniform(0.5, 1.5, shape)
-    return 0.1 * rng.standard_normal(shape)
+    if key == "stn_head.stn_fc2.bias":
+        return edge_points(20, (0.01, 0.01)).double().flatten().numpy() + 0.02 * (
+            rng.standard_normal(shape)
+        )
+    value = 0.1 * rng.standard_normal(shape)
+    if (model, key) in BOOST:
+        element, boost = BOOST[model, key]
+        value[element] += boost
+    return value
 
 
 def published_table(model: str) -> list[tuple[str, tuple[int, ...], str]]:
@@ -71,7 +135,7 @@ def published_state(model: str, seed: int) -> dict[str, torch.Tensor]:
     """
     state = {}
     for key, shape, dtype in published_table(model):
-        if key.endswith((".num_batches_tracked", ".pe")):
+        if key.endswith((".num_batches_tracked", ".pe")) or key.startswith("tps."):
             state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
         else:
             value = _value(model, key, shape, seed).astype(np.float32)

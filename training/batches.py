@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from lemma_fast.recognizers.charset import (
 )
 from lemma_fast.training.data import Crop, PairDataset, TextZoomDataset, hold_out
 from lemma_fast.training.inspect import open_pairs
-from lemma_fast.training.settings import DataSettings, SettingsError
+from lemma_fast.training.settings import DataSettings
+from lemma_fast.training.typed import SettingsError
 
 
 class Batch(NamedTuple):
@@ -147,7 +148,8 @@ def split(
     return kept, chosen, left_out
 
 
-def _whole(batch: Batch) -> Batch:
+def _whole(batch: Any) -> Any:
+    """The batch that `EncodedCrops` made already, where a loader would stack samples."""
     return batch
 
 
@@ -165,7 +167,7 @@ def loader(crops: EncodedCrops, batches: Sampler[list[int]], workers: int) -> Da
 
 
 class InOrder(Sampler[list[int]]):
-    """This rank's crops, one batch after the other, none left out."""
+    """Positions of one rank's crops, batch after batch, none left out."""
 
     def __init__(self, crops: int, size: int, rank: int = 0, ranks: int = 1) -> None:
         self.positions = list(range(rank, crops, ranks))

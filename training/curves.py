@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from lemma_fast.training.export import replace_file
 
@@ -23,7 +23,7 @@ class CurveLogger(Logger):
     def __init__(self, path: Path, step: int = 0) -> None:
         super().__init__()
         self.path = path
-        if rank_zero_only.rank == 0:
+        if leads():
             kept = [row for row in read(path) if row[0] <= step] if step else []
             lines = io.StringIO()
             csv.writer(lines, lineterminator="\n").writerows([HEADER, *kept])
@@ -57,3 +57,8 @@ def read(path: Path) -> list[tuple[int, str, float]]:
     whole = text[: text.rfind("\n") + 1]
     rows = list(csv.reader(io.StringIO(whole)))[1:]
     return [(int(step), name, float(value)) for step, name, value in rows]
+
+
+def leads() -> bool:
+    """Whether this process is the first of its run, the one that writes files."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0

@@ -22,7 +22,8 @@ from lemma_fast.recognizers.base import (
     read_weights,
     save_weights,
 )
-from lemma_fast.training.settings import Settings, SettingsError
+from lemma_fast.training.settings import Settings
+from lemma_fast.training.typed import SettingsError
 
 #: `format` in the metadata of a prior that was trained alone.
 PRIOR_FORMAT = "lemma-fast prior 1"

@@ -33,7 +33,8 @@ from lemma_fast.training.losses import (
     text_focus_cross_entropy,
 )
 from lemma_fast.training.metrics import psnr, ssim, word_hits
-from lemma_fast.training.settings import OptimizerSettings, Settings, SettingsError
+from lemma_fast.training.settings import OptimizerSettings, Settings
+from lemma_fast.training.typed import SettingsError
 
 #: Metrics where less is better.
 FALLING = frozenset({"loss"})
@@ -194,7 +195,9 @@ class StageModule(L.LightningModule):
         if self.settings.images == "hr":
             return hr
         size = hr.shape[-2:]
-        lr = F.interpolate(batch.lr.float() / 255, size, mode="bicubic", align_corners=align_corners)
+        lr = F.interpolate(
+            batch.lr.float() / 255, size, mode="bicubic", align_corners=align_corners
+        )
         if self.settings.images == "lr":
             return lr
         odd = torch.arange(len(hr), device=hr.device) % 2 == 1
@@ -215,9 +218,7 @@ class LemmaStage(StageModule):
         wanted = settings.loss
         recognizer: TextFocus | None = None
         if wanted.recognizer is not None and wanted.weights.text_focus != 0:
-            loaded = load_recognizer(
-                "text_focus", settings.path(wanted.recognizer), device="cpu"
-            )
+            loaded = load_recognizer("text_focus", settings.path(wanted.recognizer), device="cpu")
             assert isinstance(loaded, TextFocus)
             recognizer = loaded
         self.loss = LemmaLoss(

@@ -1,4 +1,4 @@
-"""What a training run is made of: typed settings, read from YAML, with unknown keys named.
+"""What a training run is made of: settings read from YAML, with unknown keys named.
 
     base: textzoom.yaml          # another file that this one changes; relative to it, or packaged
     seed: 1                      # keys of `Settings`
@@ -12,8 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
+import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,18 +25,14 @@ import yaml
 from lemma_fast.config import LemmaConfig
 from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
 from lemma_fast.training.losses import LOSS_SCALE, LossWeights
+from lemma_fast.training.typed import SettingsError, Values, build, merge
 
 Stage = Literal["prior", "text_focus", "crnn", "lemma"]
-Values = dict[str, Any]
 T = TypeVar("T")
 
 #: The name of a stage's exported weights in its folder.
 WEIGHTS = "best.safetensors"
 _REFERENCE = "stage:"
-
-
-class SettingsError(ValueError):
-    """Settings that cannot be used; the message names the key and the reason."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +195,9 @@ class Settings:
         if not data.train:
             raise SettingsError("data.train names no set: give it an LMDB, data.train=[train.lmdb]")
         if data.selection != "held_out" and not getattr(data, data.selection):
-            raise SettingsError(f"data.selection is {data.selection}, but data.{data.selection} "
-                                "names no set")
+            raise SettingsError(
+                f"data.selection is {data.selection}, but data.{data.selection} names no set"
+            )
         if data.selection == "held_out" and not 0 < data.held_out_share < 1:
             raise SettingsError(f"data.held_out_share {data.held_out_share} is not between 0 and 1")
         if (run.steps is None) == (run.epochs is None):
@@ -213,7 +209,9 @@ class Settings:
             raise SettingsError(f"run.ema {run.ema} is not between 0 and 1")
         wanted, stage = self.select.metric, self.stage
         if stage != "lemma" and wanted == "psnr":
-            raise SettingsError(f"select.metric psnr means nothing to stage {stage}: accuracy, loss")
+            raise SettingsError(
+                f"select.metric psnr means nothing to stage {stage}: accuracy, loss"
+            )
         if stage == "lemma" and wanted == "accuracy" and self.select.recognizer is None:
             raise SettingsError("select.metric accuracy needs select.recognizer, a CRNN checkpoint")
         text_focus = self.loss.weights.text_focus != 0
@@ -272,63 +270,6 @@ def choose(config: str | Path, stage: str = "all", overrides: Sequence[str] = ()
     for settings in found:
         settings.check()
     return found
-
-
-def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> Values:
-    """`old` changed by `new`: tables entry by entry, everything else as a whole."""
-    merged = dict(old)
-    for key, value in new.items():
-        before = merged.get(key)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(before, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
-def build(kind: type[T], values: Mapping[str, Any], at: str = "") -> T:
-    """Make a settings dataclass of plain values; raises SettingsError that names the key."""
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-            raise SettingsError(f"unknown key {at}{key}; {hint}")
-    entries = {key: _convert(hints[key], value, f"{at}{key}") for key, value in values.items()}
-    return kind(**entries)
-
-
-def _convert(kind: Any, value: Any, at: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, at)
-    if origin is Literal:
-        if value not in arguments:
-            raise SettingsError(f"{at} is one of {', '.join(arguments)}; not {value!r}")
-        return value
-    if dataclasses.is_dataclass(kind) or origin is dict:
-        if not isinstance(value, Mapping):
-            raise SettingsError(f"{at} is a table, not {value!r}")
-        return dict(value) if origin is dict else build(typing.cast(type, kind), value, f"{at}.")
-    if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            raise SettingsError(f"{at} is a list, not {value!r}")
-        if arguments[-1] is not Ellipsis and len(items) != len(arguments):
-            raise SettingsError(f"{at} has {len(arguments)} entries, not {len(items)}")
-        return tuple(_convert(arguments[0], item, f"{at}[{i}]") for i, item in enumerate(items))
-    if kind is float and isinstance(value, str):
-        # YAML takes 1e-3 for a word, because it has no point
-        try:
-            return float(value)
-        except ValueError:
-            raise SettingsError(f"{at} is a number, not {value!r}") from None
-    accepted = (int, float) if kind is float else (kind,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise SettingsError(f"{at} is {names[kind]}, not {value!r}")
-    return float(value) if kind is float else value
 
 
 def _preset(presets: Mapping[str, T], values: Values, at: str) -> T:
@@ -391,3 +332,13 @@ def _nested(keys: Sequence[str], value: Any) -> Values:
     for key in reversed(keys):
         value = {key: value}
     return typing.cast(Values, value)
+
+
+def as_yaml(chosen: Sequence[Settings]) -> str:
+    """The settings as a YAML file of stages."""
+    tables = {settings.stage: dataclasses.asdict(settings) for settings in chosen}
+    for table in tables.values():
+        del table["stage"]
+    # YAML has no tuples
+    plain = json.loads(json.dumps({"stages": tables}))
+    return str(yaml.safe_dump(plain, sort_keys=False))

@@ -9,19 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from lemma_fast.recognizers import crnn, tesseract, text_focus
+from lemma_fast.recognizers import abinet, aster, crnn, matrn, moran, parseq, tesseract, text_focus
+from lemma_fast.recognizers.abinet import ABINet
+from lemma_fast.recognizers.aster import ASTER
 from lemma_fast.recognizers.base import Reading, Recognizer
 from lemma_fast.recognizers.crnn import CRNN, CRNNConfig
+from lemma_fast.recognizers.matrn import MATRN
+from lemma_fast.recognizers.moran import MORAN, MORANConfig
+from lemma_fast.recognizers.parseq import PARSeq, PARSeqConfig
 from lemma_fast.recognizers.tesseract import Tesseract
 from lemma_fast.recognizers.text_focus import TextFocus, TextFocusConfig
 
 __all__ = [
+    "ABINet",
+    "ASTER",
     "CRNN",
     "CRNNConfig",
+    "MATRN",
+    "MORAN",
+    "MORANConfig",
+    "PARSeq",
+    "PARSeqConfig",
     "Reading",
     "Recognizer",
     "Tesseract",
@@ -31,9 +43,15 @@ __all__ = [
     "load_recognizer",
 ]
 
+_Network: TypeAlias = ABINet | ASTER | CRNN | MATRN | MORAN | PARSeq | TextFocus
 # A network's loader takes its checkpoint and options; a new recogniser is one more line here.
-_NETWORKS: dict[str, Callable[..., CRNN | TextFocus]] = {
+_NETWORKS: dict[str, Callable[..., _Network]] = {
+    "abinet": abinet.load,
+    "aster": aster.load,
     "crnn": crnn.load,
+    "matrn": matrn.load,
+    "moran": moran.load,
+    "parseq": parseq.load,
     "text_focus": text_focus.load,
 }
 # A program's constructor takes options alone: what it knows is installed with it.
@@ -58,7 +76,7 @@ def load_recognizer(
 
     A network needs a `checkpoint`, ours (`.safetensors`) or the published one, and goes to
     `device`, where "auto" is CUDA if there is any, else the CPU. A program such as Tesseract has
-    neither. `options` are the recogniser's own: `corrected` of crnn, `jobs` of tesseract.
+    neither. `options` are the recogniser's own: `corrected` of crnn and moran, `jobs` of tesseract.
     """
     if name in _PROGRAMS:
         if checkpoint is not None:

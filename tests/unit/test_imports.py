@@ -84,7 +84,9 @@ RULES = {
         (*NETWORK, "lemma_fast.ops.reference", "lemma_fast.checkpoint"),
         ("torch", "huggingface_hub"),
     ),
-    "lemma_fast.recognizers*": Rule((*NETWORK, "lemma_fast.recognizers*"), CORE),
+    "lemma_fast.recognizers*": Rule(
+        (*NETWORK, "lemma_fast.published", "lemma_fast.recognizers*"), CORE
+    ),
     "lemma_fast.published": Rule(NETWORK, ("torch",)),
     "lemma_fast.checkpoint": Rule((*PUBLIC, "lemma_fast.published"), CORE),
     "lemma_fast.accelerate": Rule((*PUBLIC, *NETWORK, WEIGHTS), ("torch",)),

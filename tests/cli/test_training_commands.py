@@ -1,0 +1,146 @@
+"""`lemma-fast train`, `evaluate` and `data`, from synthetic words to a table."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from tiny_training import VALUES, write_config, write_set
+
+from lemma_fast import LEMMA, checkpoint
+from lemma_fast.training.settings import choose
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Networks this small only lose by more.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path)
+
+
+def _result(ran):
+    return [line for line in ran.out.decode().splitlines() if line]
+
+
+def test_two_stages_then_an_evaluation(run, tmp_path):
+    values = {**VALUES, "output": str(tmp_path / "run")}
+    values["data"] = {"train": [str(write_set(tmp_path / "train.lmdb", 36))]}
+    values["stages"] = {stage: VALUES["stages"][stage] for stage in ("prior", "lemma")}
+    values["stages"]["lemma"] = {**values["stages"]["lemma"], "start": {"prior": ["stage:prior"]}}
+    config = tmp_path / "two.yaml"
+    config.write_text(yaml.safe_dump(values, sort_keys=False))
+    overrides = ["run.steps=3", "run.log_every=1"]
+
+    chunk = run("train", config, *overrides, "--max-steps", 2)
+    assert chunk.code == 0, chunk.err
+    (line,) = _result(chunk)
+    assert "prior: step 2 of 3: stopped; the same command goes on" in line
+    rest = run("train", config, *overrides)
+    assert rest.code == 0, rest.err
+    assert "going on from step 2" in rest.err
+    assert [line.split(":")[0] for line in _result(rest)] == ["prior", "lemma"]
+    assert all("finished" in line for line in _result(rest))
+
+    weights = tmp_path / "run" / "lemma" / "best.safetensors"
+    test = write_set(tmp_path / "test_easy.lmdb", 6)
+    out = tmp_path / "evaluation"
+    ran = run("evaluate", test, "--model", weights, "-o", out, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    assert "easy (6)" in ran.out.decode().replace("\n", " ")
+    content = json.loads((out / "evaluation.json").read_text())
+    assert set(content["results"]["easy"]) == {"bicubic", "SR", "HR"}
+    assert content["results"]["easy"]["SR"]["prior accuracy"]["low"] is not None
+    assert (out / "crops.png").is_file()
+
+
+def test_training_again_finds_nothing_to_do(run, config):
+    first = run("train", config, "--stage", "crnn", "run.steps=2")
+    assert first.code == 0, first.err
+    again = run("train", config, "--stage", "crnn", "run.steps=2")
+    assert _result(again) == _result(first)
+    changed = run("train", config, "--stage", "crnn", "run.steps=3")
+    assert changed.code == 2
+    assert "run.steps was 2, is 3" in changed.err
+    anew = run("train", config, "--stage", "crnn", "run.steps=3", "--restart")
+    assert "step 3 of 3" in _result(anew)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.yaml"], "no config nowhere.yaml; packaged are"),
+        (["CONFIG", "run.stepz=1"], "unknown key run.stepz; did you mean steps?"),
+        (["CONFIG", "--stage", "lama"], "no stage 'lama'; it has prior, text_focus, crnn, lemma"),
+        (["CONFIG", "data.train=nothing.lmdb"], "nothing.lmdb"),
+        (["CONFIG", "run.batch_size=40"], "there are 16 training crops"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(run, config, arguments, message):
+    ran = run("train", *[config if word == "CONFIG" else word for word in arguments])
+    assert ran.code == 2
+    assert ran.raw.startswith("error: ")
+    assert message in ran.err
+
+
+def test_show_prints_the_settings(run, config):
+    ran = run("train", config, "--stage", "prior", "seed=9", "--show")
+    assert ran.code == 0
+    shown = yaml.safe_load(ran.out)
+    assert shown["stages"]["prior"]["seed"] == 9
+    assert not (config.parent / "run").exists()
+
+
+def test_help_names_the_options(run):
+    for command, option in (
+        (("train",), "--max-minutes"),
+        (("evaluate",), "--protocol"),
+        (("data", "synthesize"), "--difficulty"),
+    ):
+        ran = run(*command, "--help")
+        assert ran.code == 0
+        assert option in ran.out.decode()
+
+
+@pytest.fixture
+def weights(tmp_path, config):
+    (settings,) = choose(config, "lemma")
+    torch.manual_seed(0)
+    checkpoint.save(LEMMA(settings.lemma_config()), tmp_path / "fresh.safetensors")
+    return tmp_path / "fresh.safetensors"
+
+
+def test_evaluate_prints_json(run, tmp_path, weights):
+    sets = [write_set(tmp_path / f"test_{name}.lmdb", 4) for name in ("easy", "hard")]
+    ran = run("evaluate", *sets, "--model", weights, "--recognizer", "", "--json", "--limit", 3)
+    assert ran.code == 0, ran.err
+    content = json.loads(ran.out)
+    assert content["crops"] == {"easy": 3, "hard": 3}
+    assert set(content["results"]) == {"easy", "hard", "average"}
+    assert content["protocol"] == "corrected"
+    official = run("evaluate", *sets, "--model", weights, "--json", "--protocol", "official")
+    assert json.loads(official.out)["protocol"] == "official"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--protocol", "mine"], "corrected or official"),
+        (["--recognizer", "crann"], "no recogniser 'crann'"),
+        (["--recognizer", "crnn=nothing.pth"], "nothing.pth"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_sentence(run, tmp_path, weights, arguments, message):
+    test = write_set(tmp_path / "test.lmdb", 2)
+    ran = run("evaluate", test, "--model", weights, *arguments)
+    assert ran.code == 2
+    assert message in ran.err
+    absent = run("evaluate", tmp_path / "absent.lmdb", "--model", weights)
+    assert absent.code == 2
+    assert "absent.lmdb" in absent.err

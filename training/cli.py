@@ -1,0 +1,259 @@
+"""The commands `lemma-fast train`, `evaluate` and `data`; each imports what it needs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from lemma_fast.training.settings import Settings
+
+app = typer.Typer(help="Train, evaluate and make data.", no_args_is_help=True)
+
+_TRAIN = """
+Examples:
+
+  lemma-fast train textzoom --stage lemma                the paper, from published recognisers
+
+  lemma-fast train small-synthetic --stage prior         one stage
+
+  lemma-fast train small-synthetic --max-minutes 9       all stages, in chunks
+
+  lemma-fast train small-synthetic data.train=a.lmdb run.batch_size=32
+
+The same command goes on where it stopped, was stopped, or was killed, to the same numbers. On
+several devices: torchrun --nproc_per_node=4 -m lemma_fast.cli train CONFIG run.devices=4
+"""
+
+
+@app.command(epilog=_TRAIN)
+def train(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a packaged one.")
+    ],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads this on Python 3.10 too)
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Changes to all chosen stages, such as run.steps=1000, or to one, such as "
+            "stages.prior.run.steps=1000.",
+            show_default=False,
+        ),
+    ] = None,
+    stage: Annotated[
+        str,
+        typer.Option(help="prior, text_focus, crnn, lemma; all: what the config has, in order."),
+    ] = "all",
+    max_minutes: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="Stop after so long, to go on later.", show_default=False),
+    ] = None,
+    max_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Stop after so many more steps.", show_default=False),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what a stage has and begin anew.")
+    ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Go on although the settings have changed."),
+    ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the settings that would be used, and stop.")
+    ] = False,
+) -> None:
+    """Train the stages of a config, one or all; goes on where it stopped."""
+    from lemma_fast.training.settings import as_yaml, choose
+    from lemma_fast.training.typed import SettingsError
+
+    try:
+        chosen = choose(config, stage, overrides or [])
+        if show:
+            typer.echo(as_yaml(chosen), nl=False)
+            return
+        _train(chosen, max_minutes, max_steps, restart, accept_changes)
+    except (SettingsError, OSError, ValueError) as error:
+        _fail(error)
+    except FloatingPointError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _train(
+    chosen: list[Settings],
+    max_minutes: float | None,
+    max_steps: int | None,
+    restart: bool,
+    accept_changes: bool,
+) -> None:
+    from lemma_fast.training.curves import leads
+    from lemma_fast.training.fit import fit
+
+    begun = time.monotonic()
+    for settings in chosen:
+        minutes = max_minutes
+        if minutes is not None:
+            minutes -= (time.monotonic() - begun) / 60
+        outcome = fit(
+            settings,
+            minutes=minutes,
+            steps=max_steps,
+            restart=restart,
+            accept_changes=accept_changes,
+        )
+        best = outcome.best
+        shown = ""
+        if best is not None:
+            metric = settings.select.metric
+            shown = f", best {metric} {best[metric]:.4g} at step {best['step']:.0f}"
+        if leads():
+            done = "finished" if outcome.finished else "stopped; the same command goes on"
+            typer.echo(
+                f"{settings.stage}: step {outcome.step} of {outcome.total}{shown}: {done} "
+                f"({outcome.folder})"
+            )
+        if not outcome.finished:
+            return
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        list[Path],
+        typer.Argument(metavar="DATA", help="LMDBs, or folders with a table of labels."),
+    ],
+    model: Annotated[
+        str, typer.Option(help="As of `lemma-fast upscale`: a packaged name, a file, a Hub id.")
+    ] = "small",
+    recognizer: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Who reads: crnn=CHECKPOINT, text_focus=CHECKPOINT, tesseract, "
+            "prior (the network's own), joined by commas; empty for none.",
+        ),
+    ] = "prior",
+    protocol: Annotated[
+        str,
+        typer.Option(help="corrected, or official: the published numbers, batch by batch."),
+    ] = "corrected",
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Write JSON, Markdown, a contact sheet and a plot by text length.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Crops at once; the official numbers depend on it.")
+    ] = 64,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Only the first crops of each set.", show_default=False),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes of tesseract.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+) -> None:
+    """Compare bicubic, super-resolved and true crops: what is read, PSNR and SSIM."""
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    import lemma_fast
+    from lemma_fast.training import report
+    from lemma_fast.training.evaluate import Protocol, measure, open_readers
+    from lemma_fast.training.inspect import open_pairs
+    from lemma_fast.training.summary import subset_name, summarize
+
+    if protocol not in ("corrected", "official"):
+        raise typer.BadParameter(f"--protocol is corrected or official, not {protocol}")
+    kind = cast(Protocol, protocol)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console(stderr=True)
+    try:
+        names = [subset_name(path) for path in data]
+        if len(set(names)) < len(names):
+            names = [str(path) for path in data]
+        network = lemma_fast.load(model, device=device)
+        readers = open_readers(recognizer, network, device, jobs)
+        sets = [open_pairs(path) for path in data]
+        for crops in sets:
+            crops.check()
+        total = sum(min(limit or len(crops), len(crops)) for crops in sets)
+        bar = Progress(console=console, transient=True) if console.is_terminal else None
+        with bar or nullcontext():
+            task = bar.add_task("evaluating", total=total) if bar is not None else None
+
+            def advance(done: int) -> None:
+                if bar is not None and task is not None:
+                    bar.advance(task, done)
+
+            subsets = [
+                measure(
+                    network,
+                    name,
+                    crops,
+                    readers,
+                    protocol=kind,
+                    batch_size=batch_size,
+                    limit=limit,
+                    progress=advance,
+                )
+                for name, crops in zip(names, sets, strict=True)
+            ]
+        summary = summarize(subsets, kind)
+    except (OSError, ValueError) as error:
+        _fail(error)
+    about = {
+        "model": model,
+        "recognizers": recognizer,
+        "data": ", ".join(path.name for path in data),
+        "batch_size": batch_size,
+        "device": device,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    if as_json:
+        typer.echo(report.as_json(summary, about), nl=False)
+    else:
+        out = Console()
+        out.print(report.terminal(summary, out))
+    if output is not None:
+        sheet = report.contact_sheet(network, subsets, sets, readers)
+        for path in report.write(output, summary, about, sheet):
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def data(context: typer.Context) -> None:
+    """Synthesize, inspect and pack data sets."""
+    # Drawing words needs OpenCV and more, which training does without.
+    from lemma_fast.training.cli_data import app as commands
+
+    command = typer.main.get_command(commands)
+    name = f"{context.find_root().info_name} data"
+    code = command.main(args=context.args, prog_name=name, standalone_mode=False)
+    raise typer.Exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(2)
