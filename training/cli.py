@@ -101,6 +101,11 @@ def _train(
         minutes = max_minutes
         if minutes is not None:
             minutes -= (time.monotonic() - begun) / 60
+            # Clocks of several ranks differ; those decide together, after a step.
+            alone = settings.run.devices * settings.run.nodes == 1
+            if minutes < 0 and alone and settings is not chosen[0]:
+                typer.echo(f"{settings.stage}: no time left; the same command goes on")
+                return
         outcome = fit(
             settings,
             minutes=minutes,

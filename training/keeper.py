@@ -53,6 +53,7 @@ class Keeper(Callback):
         self.device = ""
         self.seconds = 0.0
         self._since = 0.0
+        self._begun = 0
         self._crops = 0
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
@@ -76,7 +77,7 @@ class Keeper(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, StageModule)
-        self._since = time.monotonic()
+        self._since, self._begun = time.monotonic(), trainer.global_step
         self.device = device_name(pl_module.device)
         if trainer.world_size > 1:
             self.device = f"{trainer.world_size} x {self.device}"
@@ -129,7 +130,10 @@ class Keeper(Callback):
                 module.save(path, self._provenance(step, self.latest))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        made, seconds = trainer.global_step - self._begun, time.monotonic() - self._since
         self._close()
+        if trainer.is_global_zero and made:
+            self._say(f"{made} steps in {seconds:.0f} s, {made / seconds:.2f} a second")
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

@@ -198,10 +198,7 @@ def _published_paths() -> dict[str, str]:
 
 def load(checkpoint: str | Path) -> ASTER:
     """Open a checkpoint of ours or the published one, on the CPU, for reading."""
-    state, metadata = base.read_weights(checkpoint)
+    state, _ = base.read_weights(checkpoint)
     model = ASTER()
-    if metadata.get("recognizer") == ASTER.name:
-        base.load_strictly(model, state, str(checkpoint))
-    else:
-        model.load_published_state(state, str(checkpoint))
+    model.load_published_state(state, str(checkpoint))
     return model.eval()

@@ -35,7 +35,7 @@ class CRNNConfig:
         return cls((16, 32, 64, 64, 128, 128, 128), hidden=96, corrected=True)
 
 
-class _BidirectionalLSTM(nn.Module):
+class BidirectionalLSTM(nn.Module):
     """LSTM in both directions over (T, N, C), then a linear layer."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
@@ -98,8 +98,8 @@ class CRNN(nn.Module):
         self.config = config = config or CRNNConfig()
         self.cnn = _convolutions(config.channels)
         self.rnn = nn.Sequential(
-            _BidirectionalLSTM(config.channels[-1], config.hidden, config.hidden),
-            _BidirectionalLSTM(config.hidden, config.hidden, FOCUS.size),
+            BidirectionalLSTM(config.channels[-1], config.hidden, config.hidden),
+            BidirectionalLSTM(config.hidden, config.hidden, FOCUS.size),
         )
         self.reset_parameters()
 

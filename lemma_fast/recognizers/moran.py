@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lemma_fast.recognizer import ConvNorm
 from lemma_fast.recognizers import base, rectified
 from lemma_fast.recognizers.charset import MORAN as CHARSET
-from lemma_fast.recognizers.crnn import _BidirectionalLSTM
+from lemma_fast.recognizers.crnn import BidirectionalLSTM
 
 _WIDTH = 256
 _STEPS = 20
@@ -99,8 +99,8 @@ class MORAN(nn.Module):
         self.morph = Morph()
         self.resnet = rectified.StripResNet(1, linear=True)
         self.lstm = nn.Sequential(
-            _BidirectionalLSTM(2 * _WIDTH, _WIDTH, _WIDTH),
-            _BidirectionalLSTM(_WIDTH, _WIDTH, _WIDTH),
+            BidirectionalLSTM(2 * _WIDTH, _WIDTH, _WIDTH),
+            BidirectionalLSTM(_WIDTH, _WIDTH, _WIDTH),
         )
         self.decoder = rectified.AttentionDecoder(
             _WIDTH, CHARSET.size, biased=False, context_first=True
@@ -233,15 +233,13 @@ def load(checkpoint: str | Path, *, corrected: bool | None = None) -> MORAN:
     `corrected` overrides what the checkpoint says about the normalisation of the input.
     """
     state, metadata = base.read_weights(checkpoint)
-    ours = metadata.get("recognizer") == MORAN.name
-    config = base.config_from_json(MORANConfig, metadata["config"]) if ours else MORANConfig()
+    config = MORANConfig()
+    if metadata.get("recognizer") == MORAN.name:
+        config = base.config_from_json(MORANConfig, metadata["config"])
     if corrected is not None:
         config = replace(config, corrected=corrected)
     model = MORAN(config)
-    if ours:
-        base.load_strictly(model, state, str(checkpoint))
-    else:
-        # the published way: the prefix of DataParallel goes wherever in the name it stands
-        plain = {key.replace("module.", ""): value for key, value in state.items()}
-        model.load_published_state(plain, str(checkpoint))
+    # the published way: the prefix of DataParallel goes wherever in the name it stands
+    plain = {key.replace("module.", ""): value for key, value in state.items()}
+    model.load_published_state(plain, str(checkpoint))
     return model.eval()

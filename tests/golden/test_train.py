@@ -93,7 +93,10 @@ def test_norm_of_every_gradient(name: str) -> None:
             assert float(grad.norm()) < (1e-7 if strict else 1e-4), key
         else:
             allowed = 1e-7 if strict else max(0.15, 4 * noise)
-            assert float(grad.norm()) == pytest.approx(norm, rel=allowed), key
+            # The smallest gradients are less than the fp32 rounding of the sums behind them, which
+            # depends on the number of threads.
+            floor = 0 if strict else 1e-5
+            assert float(grad.norm()) == pytest.approx(norm, rel=allowed, abs=floor), key
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -205,6 +205,26 @@ def test_the_prior_has_a_rate_of_its_own(tmp_path):
     assert len(rest) + len(prior) == len(list(module.network.parameters()))
 
 
+def test_the_average_follows_the_weights_and_gives_them_back(tmp_path):
+    module = LemmaStage(_stage(write_config(tmp_path), "lemma", "run.ema=0.75"), 10, 5)
+    network = module.network
+    weight, norm = network.stem.weight, network.tail.norm
+    first = weight.detach().clone()
+    module.average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with torch.no_grad():
+        weight.add_(1)
+        norm.num_batches_tracked.add_(3)
+    module.update_average(0)
+    # At first it follows faster than it is told to: 1 / 10 of the old is kept.
+    torch.testing.assert_close(module.average["stem.weight"], first + 0.9)
+    module.update_average(1000)
+    torch.testing.assert_close(module.average["stem.weight"], first + 0.9 + 0.25 * 0.1)
+    with module.averaged():
+        torch.testing.assert_close(weight.detach(), first + 0.925)
+        assert norm.num_batches_tracked == 3
+    torch.testing.assert_close(weight.detach(), first + 1)
+
+
 # Weights in and out
 
 
