@@ -138,8 +138,7 @@ def _matrix(target, source, scale, size):
 @triton.jit
 def _score_backward(
     grad, grad_strides, winner, out, T, h, w, H, W, scale_y, scale_x,
-    BLOCK_SY: tl.constexpr, BLOCK_SX: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_SY: tl.constexpr, BLOCK_SX: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // T).to(tl.int64)
     t = tl.program_id(0) % T
@@ -179,14 +178,14 @@ def _compress_select(
     score = h_attn.new_empty(N, height, width, dtype=torch.float32)
     winner = h_attn.new_empty(N, height, width, dtype=torch.int16)
     index = h_attn.new_empty(N, num_selected, dtype=torch.int32)
-    _score[N, triton.cdiv(P, _BLOCK)](
-        h_attn, h_attn.stride(), lengths, lengths.stride(0), score, winner,
-        T, h, w, width, P, _scale(h, height), _scale(w, width),
-        BLOCK=_BLOCK, num_warps=4,
-    )  # fmt: skip
     block = max(16, triton.next_power_of_2(P))
     warps = min(16, max(1, block // 256))
-    _select[N,](score, index, P, num_selected, BLOCK=block, num_warps=warps)
+    with torch.cuda.device_of(h_attn):
+        _score[N, triton.cdiv(P, _BLOCK)](
+            h_attn, h_attn.stride(), lengths, lengths.stride(0), score, winner, T, h, w, width, P,
+            _scale(h, height), _scale(w, width), BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
+        _select[N,](score, index, P, num_selected, BLOCK=block, num_warps=warps)
     return score, index, winner
 
 
@@ -194,9 +193,8 @@ def _compress_select(
 def _(
     h_attn: Tensor, lengths: Tensor, num_selected: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N = h_attn.shape[0]
-    score = h_attn.new_empty(N, height, width, dtype=torch.float32)
-    index = h_attn.new_empty(N, num_selected, dtype=torch.int32)
+    score = h_attn.new_empty(h_attn.shape[0], height, width, dtype=torch.float32)
+    index = h_attn.new_empty(h_attn.shape[0], num_selected, dtype=torch.int32)
     return score, index, torch.empty_like(score, dtype=torch.int16)
 
 
@@ -207,10 +205,11 @@ def _compress_select_backward(
     N, T, h, w = shape
     _, H, W = grad.shape
     out = grad.new_empty(shape, dtype=dtype)
-    _score_backward[N * T, triton.cdiv(h, _BLOCK_SY), triton.cdiv(w, _BLOCK_SX)](
-        grad, grad.stride(), winner, out, T, h, w, H, W, _scale(h, H), _scale(w, W),
-        BLOCK_SY=_BLOCK_SY, BLOCK_SX=_BLOCK_SX, BLOCK_Y=16, BLOCK_X=64, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(grad):
+        _score_backward[N * T, triton.cdiv(h, _BLOCK_SY), triton.cdiv(w, _BLOCK_SX)](
+            grad, grad.stride(), winner, out, T, h, w, H, W, _scale(h, H), _scale(w, W),
+            BLOCK_SY=_BLOCK_SY, BLOCK_SX=_BLOCK_SX, BLOCK_Y=16, BLOCK_X=64, num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -47,8 +47,8 @@ def _gather(
     k = tl.program_id(1) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
     d = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dtype: tl.constexpr = out.dtype.element_ty
-    at = n * index_strides[0] + k.to(tl.int64) * index_strides[1]
-    p = tl.load(index + at, mask=k < K, other=-1).to(tl.int32)
+    chosen = index + n * index_strides[0] + k.to(tl.int64) * index_strides[1]
+    p = tl.load(chosen, mask=k < K, other=-1).to(tl.int32)
     total = tl.zeros((BLOCK_OUT, BLOCK_ROW), tl.float32)
     blocks = tl.cdiv(C, BLOCK_IN)
     for step in range(9 * blocks):
@@ -81,10 +81,11 @@ def _gather_region(
     (N, C, H, W), K, D = features.shape, index.shape[1], weight.shape[0]
     out = features.new_empty(N, K, D, dtype=dtype)
     grid, blocks = launch(N, K, D, C, dtype)
-    _gather[grid](
-        features, features.stride(), index, index.stride(), packed(weight, dtype),
-        bias, bias.stride(0), rows, rows.stride(), out, C, D, H, W, K, **blocks,
-    )  # fmt: skip
+    with torch.cuda.device_of(features):
+        _gather[grid](
+            features, features.stride(), index, index.stride(), packed(weight, dtype),
+            bias, bias.stride(0), rows, rows.stride(), out, C, D, H, W, K, **blocks,
+        )  # fmt: skip
     return out
 
 

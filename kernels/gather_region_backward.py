@@ -165,24 +165,23 @@ def gather_region_backward(
     (N, C, H, W), K, D, P = features.shape, index.shape[1], weight.shape[0], features[0, 0].numel()
     order = index.new_empty(N, K, dtype=torch.int32)
     starts = index.new_empty(N, P + 1, dtype=torch.int32)
-    _invert[N, triton.cdiv(K + P + 1, 64)](index, index.stride(), order, starts, K, P, BLOCK=64)
     grad_features = torch.empty_like(features)
-    grid, blocks = launch(N, P, C, D, grad.dtype)
-    _features_backward[grid](
-        grad, grad.stride(), order, starts, packed(weight, grad.dtype),
-        grad_features, grad_features.stride(), C, D, H, W, K, **blocks,
-    )  # fmt: skip
-
     shares = triton.cdiv(N * K, _SHARE)
     by_share = grad.new_empty(shares, 3, 3, D, C, dtype=torch.float32)
     bias_by_share = grad.new_empty(shares, D, dtype=torch.float32)
-    _, blocks = launch(N, K, D, C, grad.dtype)
-    _weight_backward[
-        9 * shares, triton.cdiv(D, blocks["BLOCK_OUT"]), triton.cdiv(C, blocks["BLOCK_IN"])
-    ](
-        grad, grad.stride(), features, features.stride(), index, index.stride(),
-        by_share, bias_by_share, C, D, H, W, K, N * K, _SHARE, **blocks | {"BLOCK_ROW": 32},
-    )  # fmt: skip
+    with torch.cuda.device_of(grad):
+        _invert[N, triton.cdiv(K + P + 1, 64)](index, index.stride(), order, starts, K, P, BLOCK=64)
+        grid, blocks = launch(N, P, C, D, grad.dtype)
+        _features_backward[grid](
+            grad, grad.stride(), order, starts, packed(weight, grad.dtype),
+            grad_features, grad_features.stride(), C, D, H, W, K, **blocks,
+        )  # fmt: skip
+        _, blocks = launch(N, K, D, C, grad.dtype)
+        grid = 9 * shares, triton.cdiv(D, blocks["BLOCK_OUT"]), triton.cdiv(C, blocks["BLOCK_IN"])
+        _weight_backward[grid](
+            grad, grad.stride(), features, features.stride(), index, index.stride(),
+            by_share, bias_by_share, C, D, H, W, K, N * K, _SHARE, **blocks | {"BLOCK_ROW": 32},
+        )  # fmt: skip
     grad_weight = by_share.sum(0).permute(2, 3, 0, 1).to(weight.dtype).contiguous()
     return grad_features, grad_weight, bias_by_share.sum(0).to(bias.dtype)
 

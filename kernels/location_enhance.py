@@ -122,10 +122,11 @@ def _location_enhance(logits: Tensor, features: Tensor, eps: float) -> Tensor:
     N, C, H, W = features.shape
     out = torch.empty_like(features)
     launch = _launch(features)
-    _enhance[N, triton.cdiv(C, launch["BLOCK_C"])](
-        logits, _shared_strides(logits), features, features.stride(), out, out.stride(),
-        C, H * W, eps, W=W, **launch,
-    )  # fmt: skip
+    with torch.cuda.device_of(features):
+        _enhance[N, triton.cdiv(C, launch["BLOCK_C"])](
+            logits, _shared_strides(logits), features, features.stride(), out, out.stride(),
+            C, H * W, eps, W=W, **launch,
+        )  # fmt: skip
     return out
 
 
@@ -143,11 +144,12 @@ def _location_enhance_backward(
     grad_features = torch.empty_like(features)
     by_channel = torch.empty_like(features, dtype=torch.float32 if shared else logits.dtype)
     launch = _launch(features)
-    _enhance_backward[N, triton.cdiv(C, launch["BLOCK_C"])](
-        grad, grad.stride(), logits, _shared_strides(logits), features, features.stride(),
-        by_channel, by_channel.stride(), grad_features, grad_features.stride(), C, H * W, eps,
-        W=W, **launch,
-    )  # fmt: skip
+    with torch.cuda.device_of(features):
+        _enhance_backward[N, triton.cdiv(C, launch["BLOCK_C"])](
+            grad, grad.stride(), logits, _shared_strides(logits), features, features.stride(),
+            by_channel, by_channel.stride(), grad_features, grad_features.stride(),
+            C, H * W, eps, W=W, **launch,
+        )  # fmt: skip
     if shared:
         by_channel = by_channel.sum(1, keepdim=True).to(logits.dtype)
     return by_channel, grad_features
