@@ -19,7 +19,7 @@ Bytes for N images at the paper's sizes (C 64, P 1024, fp32):
     reference  4 C P (2 statistics, 3 + 2 differences and scales, 3 softmax, 3 product; the
                elementwise ones unfused) = 4 C P (11), 185 MB at N = 64
 
-Limit: P <= 8192, since a program holds whole rows.
+Limits: P <= 4096, since a program holds whole rows; an image spans less than 2^31 elements.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_POSITIONS = 8192
+MAX_POSITIONS = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,16 +41,15 @@ def _launch(features: Tensor) -> dict[str, int]:
     """
     block = max(32, triton.next_power_of_2(features.shape[2] * features.shape[3]))
     rows = 8 if features.stride(1) == 1 and features.shape[1] > 1 else 1
-    rows = max(1, min(rows, 8192 // block))
+    rows = rows if block <= 1024 else max(1, min(rows, 4096 // block))
     return {"BLOCK_C": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // 256))}
 
 
 @triton.jit
 def _at(strides, n, c, p, W):
-    """Where positions p of channels c are, [BLOCK_C, BLOCK]."""
-    y = (p // W).to(tl.int64) * strides[2]
-    x = (p % W).to(tl.int64) * strides[3]
-    return n * strides[0] + (c.to(tl.int64) * strides[1])[:, None] + (y + x)[None, :]
+    """Where positions p of channels c are, [BLOCK_C, BLOCK]; 32 bits reach over one image."""
+    position = (p // W) * strides[2] + (p % W) * strides[3]
+    return n * strides[0] + ((c * strides[1])[:, None] + position[None, :])
 
 
 @triton.jit
@@ -62,7 +61,8 @@ def _normalise(x, inside, P, eps):
 
 
 @triton.jit
-def _softmax(logits):
+def _softmax(logits, inside):
+    logits = tl.where(inside, logits, float("-inf"))
     power = tl.exp(logits - tl.max(logits, 1)[:, None])
     return power / tl.sum(power, 1)[:, None]
 
@@ -78,9 +78,9 @@ def _enhance(
     inside = (c < C)[:, None] & (p < P)[None, :]
     x = tl.load(features + _at(features_strides, n, c, p, W), mask=inside, other=0.0)
     at = _at(logits_strides, n, c, p, W)
-    attention = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+    attention = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
     normal, _ = _normalise(x.to(tl.float32), inside, P, eps)
-    value = normal * _softmax(attention)
+    value = normal * _softmax(attention, (p < P)[None, :])
     tl.store(out + _at(out_strides, n, c, p, W), value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -96,10 +96,10 @@ def _enhance_backward(
     inside = (c < C)[:, None] & (p < P)[None, :]
     x = tl.load(features + _at(features_strides, n, c, p, W), mask=inside, other=0.0)
     at = _at(logits_strides, n, c, p, W)
-    attention = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+    attention = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + _at(grad_strides, n, c, p, W), mask=inside, other=0.0).to(tl.float32)
     y, rstd = _normalise(x.to(tl.float32), inside, P, eps)
-    s = _softmax(attention)
+    s = _softmax(attention, (p < P)[None, :])
 
     weighted = g * s
     slope = (tl.sum(weighted * y, 1) / P)[:, None]
