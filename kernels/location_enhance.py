@@ -42,7 +42,9 @@ def _launch(features: Tensor) -> dict[str, int]:
     block = max(32, triton.next_power_of_2(features.shape[2] * features.shape[3]))
     rows = 8 if features.stride(1) == 1 and features.shape[1] > 1 else 1
     rows = rows if block <= 1024 else max(1, min(rows, 4096 // block))
-    return {"BLOCK_C": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // 256))}
+    sizes = ((256, 1), (1024, 4), (4096, 8), (8192, 16))
+    warps = next(warps for most, warps in sizes if rows * block <= most)
+    return {"BLOCK_C": rows, "BLOCK": block, "num_warps": warps}
 
 
 @triton.jit

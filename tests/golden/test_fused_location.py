@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden.published import filled_state, golden, images
+from published_network import filled_state, golden, images
 
 from lemma_fast import LEMMA, LemmaConfig
 from lemma_fast.checkpoint import from_published

@@ -159,7 +159,7 @@ def cases(capability: int) -> list[Case]:
             found.append(Case(f"{module}:{name}", signature, constants, capability, warps))
     largest = {"W": 61, "BLOCK_C": 1, "BLOCK": 4096}
     odd = {"W": 31, "BLOCK_C": 8, "BLOCK": 1024}
-    found.append(found[1]._replace(constexprs=largest, num_warps=16))
+    found.append(found[1]._replace(constexprs=largest, num_warps=8))
     return [*found, found[3]._replace(constexprs=odd)]
 
 
@@ -169,5 +169,5 @@ def test_cubins_need_no_spills(capability, record_property):
     for case, needs in zip(compiled, compile_kernels(compiled), strict=True):
         record_property(f"{case.kernel} {case.constexprs}", str(needs))
         assert needs.spills == 0, (case, needs)
-        assert needs.registers <= 128, (case, needs)
+        assert needs.registers <= 168, (case, needs)
         assert needs.shared <= SHARED_LIMIT, (case, needs)
