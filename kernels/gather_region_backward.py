@@ -34,7 +34,8 @@ def launch(
     row = 16 if N * rows <= 8192 else 64
     out = max(16, min(64, triton.next_power_of_2(outputs)))
     summed = max(16, min(64 if dtype.itemsize == 2 else 32, triton.next_power_of_2(inputs)))
-    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    precision = "tf32" if allowed == "tf32" else "tf32x3"
     blocks = {"BLOCK_ROW": row, "BLOCK_OUT": out, "BLOCK_IN": summed, "PRECISION": precision}
     return (N, triton.cdiv(rows, row), triton.cdiv(outputs, out)), blocks
 

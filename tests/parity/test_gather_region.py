@@ -53,10 +53,10 @@ def test_parity(shape):
     check_parity(inputs(*shape))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shape_and_any_index(data):
-    N, C, D, H, W = (data.draw(st.integers(1, most)) for most in (2, 18, 18, 5, 5))
+    N, C, D, H, W = (data.draw(st.integers(1, most)) for most in (2, 18, 18, 4, 4))
     torch.manual_seed(data.draw(st.integers(0, 999)))
     given = inputs(N, C, D, H, W, 1)
     rows = st.lists(st.integers(0, H * W - 1), min_size=1, max_size=17)
@@ -211,10 +211,9 @@ def cases(capability: int) -> list[Case]:
     return [*found, Case(f"{backward}:_invert", signature, {"BLOCK": 64}, capability, 4)]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
-def test_cubins_need_no_spills(capability, record_property):
-    compiled = cases(capability)
+def test_cubins_need_no_spills(record_property):
+    compiled = [case for capability in CAPABILITIES for case in cases(capability)]
     for case, needs in zip(compiled, compile_kernels(compiled), strict=True):
-        record_property(f"{case.kernel} {case.constexprs}", str(needs))
+        record_property(f"{case.kernel} sm_{case.capability} {case.constexprs}", str(needs))
         assert needs.spills == 0, (case, needs)
         assert needs.shared <= SHARED_LIMIT, (case, needs)

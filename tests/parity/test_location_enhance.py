@@ -159,15 +159,16 @@ def cases(capability: int) -> list[Case]:
             found.append(Case(f"{module}:{name}", signature, constants, capability, warps))
     largest = {"W": 61, "BLOCK_C": 1, "BLOCK": 4096}
     odd = {"W": 31, "BLOCK_C": 8, "BLOCK": 1024}
-    found.append(found[1]._replace(constexprs=largest, num_warps=8))
-    return [*found, found[3]._replace(constexprs=odd)]
+    if capability == 90:
+        found.append(found[1]._replace(constexprs=largest, num_warps=8))
+        found.append(found[3]._replace(constexprs=odd))
+    return found
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
-def test_cubins_need_no_spills(capability, record_property):
-    compiled = cases(capability)
+def test_cubins_need_no_spills(record_property):
+    compiled = [case for capability in CAPABILITIES for case in cases(capability)]
     for case, needs in zip(compiled, compile_kernels(compiled), strict=True):
-        record_property(f"{case.kernel} {case.constexprs}", str(needs))
+        record_property(f"{case.kernel} sm_{case.capability} {case.constexprs}", str(needs))
         assert needs.spills == 0, (case, needs)
         assert needs.registers <= 168, (case, needs)
         assert needs.shared <= SHARED_LIMIT, (case, needs)
