@@ -15,7 +15,7 @@ Bytes for N images at the paper's sizes (T 26, 8x32 to 16x64, K 500, fp32):
                = 38.9 kB an image, 2.49 MB at N = 64
     reference  4 (T h w + T P) (resize) + 8 T P (mask) + 4 T P + 12 P (max) + 16 P + 36 K (the
                sorts, if each read and wrote once) = 499 kB an image, 32.0 MB at N = 64
-Backward: 4 P + 2 P + 4 T h w = 32.8 kB an image, 2.1 MB at N = 64.
+Backward: 4 P + 2 P (by T programs, from cache) + 4 T h w = 32.8 kB an image, 2.1 MB at N = 64.
 
 Limits: H * W <= 8192 (a program holds an image's scores), T <= 32767.
 """

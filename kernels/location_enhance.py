@@ -16,8 +16,8 @@ both directions are deterministic.
 
 Bytes for N images at the paper's sizes (C 64, P 1024, fp32):
     here       4 C P (3) = 0.79 MB an image, 50.3 MB at N = 64; backward 4 C P (5), 83.9 MB
-    reference  4 C P (2 statistics, 3 + 2 differences and scales, 3 softmax, 3 product; the
-               elementwise ones unfused) = 4 C P (11), 185 MB at N = 64
+    reference  4 C P (1 statistics, 4 difference and scale, 2 softmax, 3 product) = 4 C P (10),
+               168 MB at N = 64
 
 Limits: P <= 4096, since a program holds whole rows; an image spans less than 2^31 elements.
 """
