@@ -178,10 +178,11 @@ def gather_region_backward(
             grad_features, grad_features.stride(), C, D, H, W, K, **blocks,
         )  # fmt: skip
         _, blocks = launch(N, K, D, C, grad.dtype)
+        blocks |= {"BLOCK_ROW": 32, "BLOCK_IN": min(32, blocks["BLOCK_IN"])}
         grid = 9 * shares, triton.cdiv(D, blocks["BLOCK_OUT"]), triton.cdiv(C, blocks["BLOCK_IN"])
         _weight_backward[grid](
             grad, grad.stride(), features, features.stride(), index, index.stride(),
-            by_share, bias_by_share, C, D, H, W, K, N * K, _SHARE, **blocks | {"BLOCK_ROW": 32},
+            by_share, bias_by_share, C, D, H, W, K, N * K, _SHARE, **blocks,
         )  # fmt: skip
     grad_weight = by_share.sum(0).permute(2, 3, 0, 1).to(weight.dtype).contiguous()
     return grad_features, grad_weight, bias_by_share.sum(0).to(bias.dtype)

@@ -205,7 +205,7 @@ def cases(capability: int) -> list[Case]:
             signature = dict.fromkeys(("weight_shares", "bias_shares"), "*fp32:16")
             signature |= dict.fromkeys(("ROWS", "SHARE"), "i32:16")
             signature |= grad | features | index | sizes
-            constants = constants | {"BLOCK_ROW": 32}
+            constants = constants | {"BLOCK_ROW": 32, "BLOCK_IN": 32}
             found.append(Case(f"{backward}:_weight_backward", signature, constants, capability, 4))
     signature = inverse | index | {"K": "i32", "P": "i32:16"}
     return [*found, Case(f"{backward}:_invert", signature, {"BLOCK": 64}, capability, 4)]
