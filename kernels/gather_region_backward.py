@@ -37,6 +37,8 @@ def launch(
     allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     precision = "tf32" if allowed == "tf32" else "tf32x3"
     blocks = {"BLOCK_ROW": row, "BLOCK_OUT": out, "BLOCK_IN": summed, "PRECISION": precision}
+    # Three products a product take more registers than four warps have for the larger block.
+    blocks["num_warps"] = 8 if row == 64 and dtype.itemsize == 4 else 4
     return (N, triton.cdiv(rows, row), triton.cdiv(outputs, out)), blocks
 
 
@@ -178,7 +180,7 @@ def gather_region_backward(
             grad_features, grad_features.stride(), C, D, H, W, K, **blocks,
         )  # fmt: skip
         _, blocks = launch(N, K, D, C, grad.dtype)
-        blocks |= {"BLOCK_ROW": 32, "BLOCK_IN": min(32, blocks["BLOCK_IN"])}
+        blocks |= {"BLOCK_ROW": 32, "BLOCK_IN": min(32, blocks["BLOCK_IN"]), "num_warps": 4}
         grid = 9 * shares, triton.cdiv(D, blocks["BLOCK_OUT"]), triton.cdiv(C, blocks["BLOCK_IN"])
         _weight_backward[grid](
             grad, grad.stride(), features, features.stride(), index, index.stride(),

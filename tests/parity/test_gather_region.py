@@ -191,16 +191,18 @@ def cases(capability: int) -> list[Case]:
     for dtype, row, block_in in (("fp32", 16, 32), ("fp32", 64, 32), ("bf16", 64, 64)):
         pointer = f"*{dtype}:16"
         constants = {"BLOCK_ROW": row, "BLOCK_OUT": 64, "BLOCK_IN": block_in, "PRECISION": "tf32x3"}
+        warps = 8 if (dtype, row) == ("fp32", 64) else 4
         features = {"features": pointer, "features_strides": image}
         grad = {"grad": pointer, "grad_strides": ["i32:16", "i32:16", "1"]}
         inverse = {"order": "*i32:16", "starts": "*i32:16"}
         signature = dict.fromkeys(("weight", "bias", "out"), pointer) | {"bias_stride": "1"}
         signature |= {"positions": "*fp32:16", "positions_strides": ["i32", "i32:16", "1"]}
         signature |= features | index | sizes
-        found.append(Case(f"{forward}:_gather", signature, constants, capability, 4))
+        found.append(Case(f"{forward}:_gather", signature, constants, capability, warps))
         signature = {"weight": pointer, "out": pointer, "out_strides": image}
         signature |= grad | inverse | sizes
-        found.append(Case(f"{backward}:_features_backward", signature, constants, capability, 4))
+        name = f"{backward}:_features_backward"
+        found.append(Case(name, signature, constants, capability, warps))
         if row == 64:
             signature = dict.fromkeys(("weight_shares", "bias_shares"), "*fp32:16")
             signature |= dict.fromkeys(("ROWS", "SHARE"), "i32:16")
