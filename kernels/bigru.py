@@ -77,7 +77,7 @@ def _forward(features, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines
              out_strides, C, H: tl.constexpr, L: tl.constexpr, BLOCK_S: tl.constexpr,
              BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     DOT: tl.constexpr = features.dtype.element_ty
-    s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     reverse = tl.program_id(1)
     if reverse == 0:
         weights = _weights(ih0, hh0, bih0, bhh0, C, H, BLOCK_C, BLOCK_H, DOT)
@@ -85,7 +85,7 @@ def _forward(features, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines
         weights = _weights(ih1, hh1, bih1, bhh1, C, H, BLOCK_C, BLOCK_H, DOT)
     c = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
     j = tl.arange(0, BLOCK_H)[None, :].to(tl.int64)
-    n, line = (s // lines)[:, None], (s % lines)[:, None]
+    n, line = (s // lines)[:, None].to(tl.int64), (s % lines)[:, None].to(tl.int64)
     source = features + n * strides[0] + c * strides[1] + line * strides[2]
     target = out + n * out_strides[0] + (reverse * H + j) * out_strides[1] + line * out_strides[2]
     inside = (s < S)[:, None]
@@ -112,7 +112,7 @@ def _backward(features, out, grad_out, gates, ih0, hh0, bih0, bhh0, ih1, hh1, bi
               PRECISION: tl.constexpr):  # fmt: skip
     """Walk the steps backwards; store the gradients before the gates' nonlinearities."""
     DOT: tl.constexpr = features.dtype.element_ty
-    s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     reverse = tl.program_id(1)
     if reverse == 0:
         weights = _weights(ih0, hh0, bih0, bhh0, C, H, BLOCK_C, BLOCK_H, DOT)
@@ -120,7 +120,7 @@ def _backward(features, out, grad_out, gates, ih0, hh0, bih0, bhh0, ih1, hh1, bi
         weights = _weights(ih1, hh1, bih1, bhh1, C, H, BLOCK_C, BLOCK_H, DOT)
     c = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
     j = tl.arange(0, BLOCK_H)[None, :].to(tl.int64)
-    n, line = (s // lines)[:, None], (s % lines)[:, None]
+    n, line = (s // lines)[:, None].to(tl.int64), (s % lines)[:, None].to(tl.int64)
     inside = (s < S)[:, None]
     inputs, live = inside & (c < C), inside & (j < H)
     channel = reverse * H + j
@@ -161,12 +161,19 @@ def _backward(features, out, grad_out, gates, ih0, hh0, bih0, bhh0, ih1, hh1, bi
 
 
 @triton.jit
+def _place(p, height, width):
+    """Image, row and column of raster positions, ready to be multiplied by strides."""
+    row = p // width
+    return (row // height).to(tl.int64), (row % height).to(tl.int64), (p % width).to(tl.int64)
+
+
+@triton.jit
 def _inputs(gates, grad_features, ih0, ih1, positions, height, width, strides, C,
             H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
     """Turn both directions' gates' gradients into the features'."""
     DOT: tl.constexpr = gates.dtype.element_ty
-    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.arange(0, BLOCK_C).to(tl.int64)
     j = tl.arange(0, BLOCK_H)
     inside = (p < positions)[:, None]
@@ -176,10 +183,10 @@ def _inputs(gates, grad_features, ih0, ih1, positions, height, width, strides, C
         gate = part % 3
         weight = (ih1 if part >= 3 else ih0) + (gate * H + j)[:, None] * C + c[None, :]
         weight = tl.load(weight, mask=matrix, other=0.0).to(DOT)
-        at = ((part // 3) * positions + p) * (4 * H) + gate * H
+        at = ((part // 3) * positions + p).to(tl.int64) * (4 * H) + gate * H
         g = tl.load(gates + at[:, None] + j[None, :], mask=inside & (j < H)[None, :], other=0.0)
         d_x = tl.dot(g.to(DOT), weight, d_x, input_precision=PRECISION)
-    n, row, column = p // (height * width), p // width % height, p % width
+    n, row, column = _place(p, height, width)
     at = n * strides[0] + row * strides[2] + column * strides[3]
     at = at[:, None] + c[None, :] * strides[1]
     tl.store(grad_features + at, d_x, mask=inside & (c < C)[None, :])
@@ -199,8 +206,8 @@ def _sums(features, out, gates, shares, positions, height, width, strides, out_s
     b_ih = tl.zeros([BLOCK_H], tl.float32)
     b_hh = tl.zeros([BLOCK_H], tl.float32)
     for tile in tl.range(TILES, num_stages=1):
-        p = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_P + tl.arange(0, BLOCK_P)
-        n, row, column = p // (height * width), p // width % height, p % width
+        p = (tl.program_id(0) * TILES + tile) * BLOCK_P + tl.arange(0, BLOCK_P)
+        n, row, column = _place(p, height, width)
         inside = p < positions
         source = features + n * strides[0] + row * strides[2] + column * strides[3]
         keep = inside[:, None] & (c < C)[None, :]
@@ -215,7 +222,8 @@ def _sums(features, out, gates, shares, positions, height, width, strides, out_s
         before += (reverse * H + j)[None, :] * out_strides[1]
         h = tl.load(before, mask=later[:, None] & (j < H)[None, :], other=0.0).to(DOT)
         # The last gate has one gradient for its input's product, one for its state's.
-        at = gates + ((reverse * positions + p) * (4 * H) + gate * H)[:, None] + j[None, :]
+        at = (reverse * positions + p).to(tl.int64) * (4 * H) + gate * H
+        at = gates + at[:, None] + j[None, :]
         keep = inside[:, None] & (j < H)[None, :]
         g_ih = tl.load(at, mask=keep, other=0.0)
         g_hh = tl.load(at + (gate // 2) * H, mask=keep, other=0.0)
@@ -294,13 +302,13 @@ def _(
     return _empty_map(features, C), shares
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     features, axis, weights = inputs
     ctx.save_for_backward(features, output, *weights)
     ctx.axis = axis
 
 
-def _gradients(ctx, grad_out):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _gradients(ctx, grad_out):  # type: ignore[no-untyped-def]
     features, out, *weights = ctx.saved_tensors
     grad_features, shares = _bigru_backward(grad_out, features, out, ctx.axis, weights)
     grads = []
