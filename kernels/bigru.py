@@ -247,11 +247,12 @@ def _sums(features, out, gates, shares, positions, height, width, strides, out_s
 def _bigru(features: Tensor, axis: int, weights: list[Tensor]) -> Tensor:
     out = _empty_map(features, 2 * weights[1].shape[1])
     S, sizes, blocks = _sizes(features, axis, weights)
-    _forward[triton.cdiv(S, _BLOCK_S), 2](
-        features, out, *_contiguous(weights), S, features.shape[5 - axis],
-        _strides(features, axis), _strides(out, axis), *sizes, *blocks,
-        num_warps=_WARPS[features.itemsize],
-    )  # fmt: skip
+    with torch.cuda.device_of(features):
+        _forward[triton.cdiv(S, _BLOCK_S), 2](
+            features, out, *_contiguous(weights), S, features.shape[5 - axis],
+            _strides(features, axis), _strides(out, axis), *sizes, *blocks,
+            num_warps=_WARPS[features.itemsize],
+        )  # fmt: skip
     return out
 
 
@@ -270,26 +271,29 @@ def _bigru_backward(
     weights = _contiguous(weights)
     gates = features.new_empty(2, N, height, width, 4 * H)
     gates_strides = (gates.stride(0), gates.stride(1), gates.stride(5 - axis), gates.stride(axis))
-    _backward[triton.cdiv(S, _BLOCK_S), 2](
-        features, out, grad_out, gates, *weights, S, features.shape[5 - axis],
-        _strides(features, axis), _strides(out, axis), _strides(grad_out, axis), gates_strides,
-        C, H, L, *blocks, num_warps=_WARPS[features.itemsize],
-    )  # fmt: skip
+    with torch.cuda.device_of(features):
+        _backward[triton.cdiv(S, _BLOCK_S), 2](
+            features, out, grad_out, gates, *weights, S, features.shape[5 - axis],
+            _strides(features, axis), _strides(out, axis), _strides(grad_out, axis), gates_strides,
+            C, H, L, *blocks, num_warps=_WARPS[features.itemsize],
+        )  # fmt: skip
     block_p = _BLOCK_P[features.itemsize]
     tiles = triton.cdiv(S * L, block_p)
     grad_features = _empty_map(features, C)
-    _inputs[(tiles,)](
-        gates, grad_features, weights[0], weights[4], S * L, height, width, grad_features.stride(),
-        C, H, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
-    )  # fmt: skip
+    with torch.cuda.device_of(features):
+        _inputs[(tiles,)](
+            gates, grad_features, weights[0], weights[4], S * L, height, width, grad_features.stride(),
+            C, H, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
+        )  # fmt: skip
     # A power of two, so that few batch sizes need a compilation of their own.
     walked = triton.next_power_of_2(triton.cdiv(tiles, _SHARES))
     programs = triton.cdiv(tiles, walked)
     shares = features.new_empty(2, programs, 3 * H * (C + H + 2), dtype=torch.float32)
-    _sums[programs, 6](
-        features, out, gates, shares, S * L, height, width, features.stride(), out.stride(),
-        C, axis, H, walked, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
-    )  # fmt: skip
+    with torch.cuda.device_of(features):
+        _sums[programs, 6](
+            features, out, gates, shares, S * L, height, width, features.stride(), out.stride(),
+            C, axis, H, walked, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
+        )  # fmt: skip
     return grad_features, shares.sum(1)
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemma_fast.kernels.sparse_cross_attention_backward import Sizes, direction_gradients
+from lemma_fast.kernels.sparse_cross_attention_backward import WARPS, Sizes, direction_gradients
 from lemma_fast.kernels.sparse_cross_attention_layer import (
     attend,
     by_head,
@@ -61,8 +61,8 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
     inside = given[:, None] & (c < C)[None, :]
     own = own_columns(C, HEADS, BLOCK_HEADS, BLOCK_C)
     number = tl.load(seed) if DROPOUT else 0
-    at = query + n * query_strides[0] + row[:, None].to(tl.int64) * query_strides[1]
-    x = tl.load(at + c[None, :] * query_strides[2], mask=inside, other=0.0).to(tl.float32)
+    source = query + n * query_strides[0] + row[:, None].to(tl.int64) * query_strides[1]
+    x = tl.load(source + c[None, :] * query_strides[2], mask=inside, other=0.0).to(tl.float32)
     slots = tl.num_programs(1).to(tl.int64) * BLOCK_L
     for layer in tl.range(0, LAYERS, num_stages=1):
         if STATES:
@@ -111,8 +111,8 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
         for start in tl.range(0, SHARE, BLOCK_P, num_stages=1):
             place = tile * SHARE + start + tl.arange(0, BLOCK_P)
             free = unselected(place, index, GIVEN, P, (tile + 1) * SHARE)
-            at = out + c[:, None] * P + place[None, :]
-            tl.store(at, tl.broadcast_to(zero[:, None], [BLOCK_C, BLOCK_P]),
+            target = out + c[:, None] * P + place[None, :]
+            tl.store(target, tl.broadcast_to(zero[:, None], [BLOCK_C, BLOCK_P]),
                      mask=(c < C)[:, None] & free[None, :])  # fmt: skip
     else:
         at = (n * GIVEN + row)[:, None] * C + c[None, :]
@@ -126,16 +126,16 @@ def _run(
     """Run one direction into `out`, or with `states` = 6 leave each layer's input there instead."""
     # The last layer's input is the end of the last layer but one.
     layers, *constants = sizes.constants()
-    _forward[query.shape[0], sizes.tiles](
-        query, key, value, index, params, seed, out, query.stride(), key.stride(), value.stride(),
-        p, layers - (states > 0), *constants, DROPOUT=p > 0, STATES=states,
-        num_warps=sizes.warps, **sizes.blocks(),
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        _forward[query.shape[0], sizes.tiles](
+            query, key, value, index, params, seed, out, query.stride(), key.stride(), value.stride(),
+            p, layers - (states > 0), *constants, DROPOUT=p > 0, STATES=states,
+            num_warps=WARPS, **sizes.blocks(),
+        )  # fmt: skip
 
 
 def _directions(
-    text: Tensor, selected: Tensor, to_text: Tensor, to_image: Tensor, positions: int, heads: int,
-    backward: bool,
+    text: Tensor, selected: Tensor, to_text: Tensor, to_image: Tensor, positions: int, heads: int
 ) -> tuple[Sizes, Sizes]:  # fmt: skip
     _, K, C = selected.shape
     T = text.shape[1]
@@ -143,8 +143,7 @@ def _directions(
     def sizes(params: Tensor, rows: int, keys: int, positions: int) -> Sizes:
         layers, count = params.shape
         feedforward = (count - 4 * C * C - 9 * C) // (2 * C + 1)
-        item = selected.itemsize
-        return Sizes(layers, rows, keys, C, feedforward, heads, positions, item, backward)
+        return Sizes(layers, rows, keys, C, feedforward, heads, positions)
 
     return sizes(to_text, T, K, 0), sizes(to_image, K, T, positions)
 
@@ -156,7 +155,7 @@ def _sparse_cross_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the guidance [N, C, H, W] in `dtype` and the key of text to image [N, T, C]."""
     N, _, C = selected.shape
-    first, second = _directions(text, selected, to_text, to_image, height * width, heads, False)
+    first, second = _directions(text, selected, to_text, to_image, height * width, heads)
     key = torch.empty_like(text, memory_format=torch.contiguous_format)
     if first.layers:
         _run(text, selected, selected, index, to_text, seed, key, first, p)
@@ -185,14 +184,12 @@ def _sparse_cross_attention_backward(
     """Return the gradients of text, selected rows and both directions' parameters."""
     N, _, C = selected.shape
     grad_out = grad_out.flatten(2)
-    first, second = _directions(
-        text, selected, to_text, to_image, grad_out.shape[2], heads, backward=True
-    )
+    first, second = _directions(text, selected, to_text, to_image, grad_out.shape[2], heads)
 
     def gradients(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, params: Tensor, sizes: Sizes
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        narrow = query.new_empty(sizes.layers, 6, N * sizes.tiles * sizes.block_l, C)
+        narrow = query.new_empty(sizes.layers, 6, N * sizes.slots, C)
         if sizes.layers:
             _run(query, key, value, index, params, seed, narrow, sizes, p, states=6)
         return direction_gradients(grad, query, key, value, index, params, seed, narrow, sizes, p)
@@ -283,7 +280,8 @@ def sparse_cross_attention(
 def _packed(layers: Sequence[CrossAttentionWeights], rows: Tensor) -> Tensor:
     """One row of all its parameters for each layer."""
     if not layers:
-        return rows.new_empty(0, 0)
+        C = rows.shape[2]
+        return rows.new_empty(0, 4 * C * C + 9 * C)
     flat = torch.cat([weight.reshape(-1) for layer in layers for weight in layer])
     return flat.view(len(layers), -1)
 

@@ -43,35 +43,30 @@ class Sizes(NamedTuple):
     heads: int
     positions: int
     """Of the map that text to image writes; 0 for image to text, which has no row of zeros."""
-    itemsize: int
-    backward: bool
 
     @property
     def zero_row(self) -> bool:
         return self.positions > 0
 
     @property
-    def block_l(self) -> int:
-        return _BLOCK_L[self.backward, self.itemsize]
-
-    @property
-    def warps(self) -> int:
-        return _WARPS[self.backward]
-
-    @property
     def tiles(self) -> int:
-        return triton.cdiv(self.given, self.block_l - self.zero_row)
+        return triton.cdiv(self.given, _BLOCK_L - self.zero_row)
+
+    @property
+    def slots(self) -> int:
+        """Slots for query rows of an image."""
+        return self.tiles * _BLOCK_L
 
     def constants(self) -> tuple[int, ...]:
         """LAYERS, GIVEN, S, C, F, HEADS, P, SHARE, SITE, ZERO_ROW of the kernels."""
         share = triton.cdiv(self.positions, self.tiles)
         site = SITES if self.zero_row else 0
-        return (*self[:7], share, site, int(self.zero_row))
+        return (*self, share, site, int(self.zero_row))
 
     def blocks(self) -> dict[str, int | str]:
         exact = torch.get_float32_matmul_precision() == "highest"
         return {
-            "BLOCK_L": self.block_l,
+            "BLOCK_L": _BLOCK_L,
             "BLOCK_S": _BLOCK_S,
             "BLOCK_C": max(16, triton.next_power_of_2(self.channels)),
             "BLOCK_F": max(16, triton.next_power_of_2(self.feedforward)),
@@ -80,11 +75,11 @@ class Sizes(NamedTuple):
         }
 
 
-# The launch table, chosen by compiled resources (no spills). Not run on a GPU, not tuned.
-# Rows of a tile by (backward, bytes of the type), keys of a tile, and warps by backward.
-_BLOCK_L = {(False, 2): 32, (False, 4): 32, (True, 2): 16, (True, 4): 16}
-_BLOCK_S = 32
-_WARPS = {False: 8, True: 8}
+# The launch table: query rows and keys of a tile. Chosen by compiled resources: fp16 and bf16 spill
+# nothing, nor does fp32 forward with TF32 products; fp32 backward and three-fold TF32 do. Not run
+# on a GPU, not tuned.
+_BLOCK_L = _BLOCK_S = 16
+WARPS = 8
 # Text to image's dropout sites follow those of image to text, four a layer.
 SITES = 1 << 16
 
@@ -134,13 +129,13 @@ def _backward(query, key, value, index, params, seed, grad_out, grad_query, narr
         for start in tl.range(0, SHARE, BLOCK_P, num_stages=1):
             place = tile * SHARE + start + tl.arange(0, BLOCK_P)
             free = unselected(place, index, GIVEN, P, (tile + 1) * SHARE)
-            at = source + place[:, None].to(tl.int64) * grad_strides[2]
-            free_grad = tl.load(at, mask=free[:, None] & columns, other=0.0)
+            above = source + place[:, None].to(tl.int64) * grad_strides[2]
+            free_grad = tl.load(above, mask=free[:, None] & columns, other=0.0)
             zero += tl.sum(free_grad.to(tl.float32), 0)
         g = tl.where((slot == 0)[:, None], zero[None, :], g)
     else:
-        at = source + row[:, None].to(tl.int64) * grad_strides[2]
-        g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        above = source + row[:, None].to(tl.int64) * grad_strides[2]
+        g = tl.load(above, mask=inside, other=0.0).to(tl.float32)
 
     N = tl.num_programs(0)
     slots = tl.num_programs(1).to(tl.int64) * BLOCK_L
@@ -183,9 +178,9 @@ def _backward(query, key, value, index, params, seed, grad_out, grad_query, narr
         passed = tl.where(hidden > 0, 1.0, 0.0)
         hidden = tl.where(hidden <= 0, 0.0, hidden)
         if DROPOUT:
-            mask = dropout(number, site + 2, n, by_f, p)
-            hidden *= mask
-            passed *= mask
+            hidden_mask = dropout(number, site + 2, n, by_f, p)
+            hidden *= hidden_mask
+            passed *= hidden_mask
         tl.store(kept_wide + every * F, hidden, mask=hiddens)
         y = linear(hidden, weight2, weight2 + F * C, F, C, BLOCK_F, BLOCK_C, DOT, PRECISION)
         if DROPOUT:
@@ -243,10 +238,10 @@ def _backward(query, key, value, index, params, seed, grad_out, grad_query, narr
             d_q = tl.dot(d_scores, k, d_q, input_precision=PRECISION)
             d_k = tl.dot(tl.trans(d_scores), q_rows, input_precision=PRECISION)
             d_v = tl.dot(tl.trans(dropped.to(DOT)), d_rows, input_precision=PRECISION)
-            at = grad_keys + (share + s)[:, None] * C + c[None, :]
+            target = grad_keys + (share + s)[:, None] * C + c[None, :]
             keep = (s < S)[:, None] & columns
-            tl.store(at, d_k, mask=keep)
-            tl.store(at + N.to(tl.int64) * tl.num_programs(1) * S * C, d_v, mask=keep)
+            tl.store(target, d_k, mask=keep)
+            tl.store(target + N.to(tl.int64) * tl.num_programs(1) * S * C, d_v, mask=keep)
         d_q = merge_heads(d_q, own, BLOCK_HEADS) * scaling
         tl.store(kept + every * C, d_q, mask=columns)
         tl.store(sums, tl.sum(d_q, 0), mask=c < C)
@@ -267,17 +262,18 @@ def direction_gradients(
     """
     N, tiles = query.shape[0], sizes.tiles
     layers, given, S, C, F = sizes[:5]
-    slots = N * tiles * sizes.block_l
+    slots = N * sizes.slots
     grad_query = query.new_empty(N, given, C)
     wide = query.new_empty(layers, 2, slots, F)
     vectors = query.new_empty(layers, N * tiles, 7 * C + F, dtype=torch.float32)
     share_type = torch.float32 if tiles > 1 else query.dtype
     grad_keys = query.new_empty(layers, 2, N, tiles, S, C, dtype=share_type)
-    _backward[N, tiles](
-        query, key, value, index, params, seed, grad_out, grad_query, narrow, wide, vectors,
-        grad_keys, key.stride(), value.stride(), grad_out.stride(), p, *sizes.constants(),
-        DROPOUT=p > 0, num_warps=sizes.warps, **sizes.blocks(),
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        _backward[N, tiles](
+            query, key, value, index, params, seed, grad_out, grad_query, narrow, wide, vectors,
+            grad_keys, key.stride(), value.stride(), grad_out.stride(), p, *sizes.constants(),
+            DROPOUT=p > 0, num_warps=WARPS, **sizes.blocks(),
+        )  # fmt: skip
     shares = grad_keys.sum(3) if tiles > 1 else grad_keys
     d_k, d_v = shares.to(query.dtype).view(layers, 2, N * S, C).unbind(1)
     key_rows_, value_rows = key.reshape(N * S, C), value.reshape(N * S, C)

@@ -115,10 +115,13 @@ def attend(q_rows, n, row, key, value, key_strides, value_strides, weight, bias,
     context = tl.zeros([q_rows.shape[0], BLOCK_C], tl.float32)
     for start in tl.range(0, S, BLOCK_S, num_stages=1):
         s = start + tl.arange(0, BLOCK_S)
-        k = key_rows(key, n, s, key_strides, weight + C * C, bias + C, S, C, BLOCK_C, DOT,
+        # Zero, but the compiler does not know: it would take these matrices out of the loop and
+        # spill them, where the cache serves as well.
+        keys = weight + C * C + start // S
+        values = keys + C * C
+        k = key_rows(key, n, s, key_strides, keys, bias + C, S, C, BLOCK_C, DOT, PRECISION)
+        v = key_rows(value, n, s, value_strides, values, bias + 2 * C, S, C, BLOCK_C, DOT,
                      PRECISION)  # fmt: skip
-        v = key_rows(value, n, s, value_strides, weight + 2 * C * C, bias + 2 * C, S, C, BLOCK_C,
-                     DOT, PRECISION)  # fmt: skip
         scores = tl.dot(q_rows, tl.trans(k), input_precision=PRECISION)
         scores = tl.where((s < S)[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
