@@ -282,8 +282,8 @@ def _bigru_backward(
     grad_features = _empty_map(features, C)
     with torch.cuda.device_of(features):
         _inputs[(tiles,)](
-            gates, grad_features, weights[0], weights[4], S * L, height, width, grad_features.stride(),
-            C, H, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
+            gates, grad_features, weights[0], weights[4], S * L, height, width,
+            grad_features.stride(), C, H, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
         )  # fmt: skip
     # A power of two, so that few batch sizes need a compilation of their own.
     walked = triton.next_power_of_2(triton.cdiv(tiles, _SHARES))
@@ -306,13 +306,13 @@ def _(
     return _empty_map(features, C), shares
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     features, axis, weights = inputs
     ctx.save_for_backward(features, output, *weights)
     ctx.axis = axis
 
 
-def _gradients(ctx, grad_out):  # type: ignore[no-untyped-def]
+def _gradients(ctx, grad_out):
     features, out, *weights = ctx.saved_tensors
     grad_features, shares = _bigru_backward(grad_out, features, out, ctx.axis, weights)
     grads = []

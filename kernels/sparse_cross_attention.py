@@ -128,8 +128,8 @@ def _run(
     layers, *constants = sizes.constants()
     with torch.cuda.device_of(query):
         _forward[query.shape[0], sizes.tiles](
-            query, key, value, index, params, seed, out, query.stride(), key.stride(), value.stride(),
-            p, layers - (states > 0), *constants, DROPOUT=p > 0, STATES=states,
+            query, key, value, index, params, seed, out, query.stride(), key.stride(),
+            value.stride(), p, layers - (states > 0), *constants, DROPOUT=p > 0, STATES=states,
             num_warps=WARPS, **sizes.blocks(),
         )  # fmt: skip
 
