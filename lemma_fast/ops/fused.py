@@ -1,16 +1,17 @@
 """The six operations as the fast path has them, under the reference's names and signatures.
 
-Each loads its kernel when it is first called. Not fused yet: adafm, bigru, sparse_cross_attention,
-which are the reference's own.
+Each loads its kernel when it is first called. `adafm` is the reference's own: it is not fused yet.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from lemma_fast.ops.reference import adafm, bigru, sparse_cross_attention
+from lemma_fast.ops.reference import adafm
+from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
 __all__ = [
     "adafm",
@@ -20,6 +21,14 @@ __all__ = [
     "location_enhance",
     "sparse_cross_attention",
 ]
+
+
+def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
+    """Run `reference.bigru` in one launch; `kernels/bigru.py` says how and within what limits."""
+    from lemma_fast.kernels import bigru as kernel
+
+    _require_gpu("bigru", features)
+    return kernel.bigru(features, axis, weights)
 
 
 def compress_select(
@@ -48,6 +57,29 @@ def location_enhance(logits: Tensor, features: Tensor, eps: float = 1e-5) -> Ten
 
     _require_gpu("location_enhance", features)
     return kernel.location_enhance(logits, features, eps)
+
+
+def sparse_cross_attention(
+    text: Tensor,
+    selected: Tensor,
+    index: Tensor,
+    size: tuple[int, int],
+    image_to_text: Sequence[CrossAttentionWeights],
+    text_to_image: Sequence[CrossAttentionWeights],
+    num_heads: int,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Run `reference.sparse_cross_attention` in two launches, one for each direction.
+
+    `kernels/sparse_cross_attention.py` says how and within what limits.
+    """
+    from lemma_fast.kernels import sparse_cross_attention as kernel
+
+    _require_gpu("sparse_cross_attention", text)
+    return kernel.sparse_cross_attention(
+        text, selected, index, size, image_to_text, text_to_image, num_heads, dropout, seed
+    )
 
 
 def _require_gpu(name: str, x: Tensor) -> None:

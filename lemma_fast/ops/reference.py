@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lemma_fast.ops.philox import dropout_mask
 from lemma_fast.ops.weights import (
     AdaFMWeights,
     BatchNormWeights,
@@ -100,6 +101,7 @@ def sparse_cross_attention(
     text_to_image: Sequence[CrossAttentionWeights],
     num_heads: int,
     dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Align text and image in both directions and lay the guidance out as a map (eq. 6).
 
@@ -110,17 +112,35 @@ def sparse_cross_attention(
     and h_text as value. Returns X_G [N, C, H, W].
 
     `dropout` is a probability, not a mode: pass 0.0 in evaluation. With it on, every row, selected
-    or not, draws masks of its own from PyTorch's generator.
+    or not, draws masks of its own from PyTorch's generator. With a `seed`, one int64 number on the
+    same device, the masks are those of the fused kernel instead, which are slow to make here: all
+    unselected rows of an image share the masks of one row.
     """
-    N, _, C = selected.shape
+    N, K, C = selected.shape
     H, W = size
     key = text
-    for layer in image_to_text:
-        key = cross_attention(key, selected, selected, layer, num_heads, dropout)
+    masks = None
+    for number, layer in enumerate(image_to_text):
+        if dropout > 0 and seed is not None:
+            sizes = (N, text.shape[1], K, num_heads)
+            masks = _replayed_masks(seed, 4 * number, sizes, layer, dropout)
+        key = cross_attention(key, selected, selected, layer, num_heads, dropout, masks)
     rows = index.long()[:, :, None].expand(-1, -1, C)
     guidance = selected.new_zeros(N, H * W, C).scatter(1, rows, selected)
-    for layer in text_to_image:
-        guidance = cross_attention(guidance, key, text, layer, num_heads, dropout)
+    for number, layer in enumerate(text_to_image):
+        if dropout > 0 and seed is not None:
+            sizes = (N, K + 1, text.shape[1], num_heads)
+            masks = _replayed_masks(seed, (1 << 16) + 4 * number, sizes, layer, dropout)
+            # Row K stands for every unselected position.
+            order = torch.arange(K, device=index.device).expand(N, -1)
+            order = (
+                torch.full_like(order[:, :1], K).repeat(1, H * W).scatter(1, index.long(), order)
+            )
+            images = torch.arange(N, device=index.device)[:, None]
+            attention, *others = masks
+            attention = attention.transpose(1, 2)[images, order].transpose(1, 2)
+            masks = (attention, *(mask[images, order] for mask in others))
+        guidance = cross_attention(guidance, key, text, layer, num_heads, dropout, masks)
     return guidance.transpose(1, 2).reshape(N, C, H, W)
 
 
@@ -131,12 +151,16 @@ def cross_attention(
     weights: CrossAttentionWeights,
     num_heads: int,
     dropout: float = 0.0,
+    masks: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """One post-norm layer: `x = LN(q + MHA(q, k, v)); x = LN(x + W2 relu(W1 x))`.
 
     `query` [N, L, C], `key` and `value` [N, S, C]; returns [N, L, C]. Dropout acts on the attention
-    weights, on both branches before their sums, and inside the MLP.
+    weights, on both branches before their sums, and inside the MLP; `masks` are its factors, in
+    the order attention [N, heads, L, S], first branch, inside the MLP, second branch.
     """
+    if masks is not None:
+        return _masked_cross_attention(query, key, value, weights, num_heads, masks)
     width = query.shape[2]
     attended = F.multi_head_attention_forward(
         query.transpose(0, 1),
@@ -161,6 +185,53 @@ def cross_attention(
     hidden = F.linear(F.dropout(hidden, dropout), weights.linear2_weight, weights.linear2_bias)
     x = x + F.dropout(hidden, dropout)
     return F.layer_norm(x, (width,), weights.norm2_weight, weights.norm2_bias)
+
+
+def _masked_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: CrossAttentionWeights,
+    num_heads: int,
+    masks: Sequence[Tensor],
+) -> Tensor:
+    """`cross_attention` with given dropout factors, which PyTorch's own attention cannot take."""
+    attention_mask, branch_mask, hidden_mask, mlp_mask = (mask.to(query.dtype) for mask in masks)
+    N, _, width = query.shape
+    q, k, v = (
+        F.linear(x, weight, bias).view(N, -1, num_heads, width // num_heads).transpose(1, 2)
+        for x, weight, bias in zip(
+            (query, key, value),
+            weights.in_proj_weight.chunk(3),
+            weights.in_proj_bias.chunk(3),
+            strict=True,
+        )
+    )
+    attention = (q @ k.transpose(2, 3) * (width // num_heads) ** -0.5).softmax(dim=3)
+    attended = ((attention * attention_mask) @ v).transpose(1, 2).reshape(N, -1, width)
+    attended = F.linear(attended, weights.out_proj_weight, weights.out_proj_bias)
+    x = query + attended * branch_mask
+    x = F.layer_norm(x, (width,), weights.norm1_weight, weights.norm1_bias)
+    hidden = F.relu(F.linear(x, weights.linear1_weight, weights.linear1_bias)) * hidden_mask
+    x = x + F.linear(hidden, weights.linear2_weight, weights.linear2_bias) * mlp_mask
+    return F.layer_norm(x, (width,), weights.norm2_weight, weights.norm2_bias)
+
+
+def _replayed_masks(
+    seed: Tensor,
+    site: int,
+    sizes: tuple[int, int, int, int],
+    weights: CrossAttentionWeights,
+    dropout: float,
+) -> tuple[Tensor, ...]:
+    """The four masks of a layer for `sizes` = images, rows, keys and heads."""
+    N, rows, keys, heads = sizes
+    hidden, width = weights.linear1_weight.shape
+    attention = dropout_mask(seed, site, N, (rows, heads, keys), dropout).transpose(1, 2)
+    return attention, *(
+        dropout_mask(seed, site + number, N, (rows, columns), dropout)
+        for number, columns in ((1, width), (2, hidden), (3, width))
+    )
 
 
 def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
