@@ -7,7 +7,7 @@ positions. Half-precision inputs are widened where a docstring says fp32; fp64 s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -118,30 +118,29 @@ def sparse_cross_attention(
     """
     N, K, C = selected.shape
     H, W = size
+    positions = index.long()
+
+    def dropping(layer: int, order: Tensor | None = None) -> Drop:
+        if dropout > 0 and seed is not None:
+            return _Replayed(seed, 4 * layer, dropout, K, order)
+        return lambda x, _place: F.dropout(x, dropout)
+
     key = text
-    masks = None
     for number, layer in enumerate(image_to_text):
-        if dropout > 0 and seed is not None:
-            sizes = (N, text.shape[1], K, num_heads)
-            masks = _replayed_masks(seed, 4 * number, sizes, layer, dropout)
-        key = cross_attention(key, selected, selected, layer, num_heads, dropout, masks)
-    rows = index.long()[:, :, None].expand(-1, -1, C)
+        key = cross_attention(key, selected, selected, layer, num_heads, dropping(number))
+    # The row of X_S at each position; row K stands for every unselected one.
+    every = torch.arange(K, device=index.device).expand(N, -1)
+    order = torch.full((N, H * W), K, device=index.device).scatter(1, positions, every)
+    rows = positions[:, :, None].expand(-1, -1, C)
     guidance = selected.new_zeros(N, H * W, C).scatter(1, rows, selected)
-    for number, layer in enumerate(text_to_image):
-        if dropout > 0 and seed is not None:
-            sizes = (N, K + 1, text.shape[1], num_heads)
-            masks = _replayed_masks(seed, (1 << 16) + 4 * number, sizes, layer, dropout)
-            # Row K stands for every unselected position.
-            order = torch.arange(K, device=index.device).expand(N, -1)
-            order = (
-                torch.full_like(order[:, :1], K).repeat(1, H * W).scatter(1, index.long(), order)
-            )
-            images = torch.arange(N, device=index.device)[:, None]
-            attention, *others = masks
-            attention = attention.transpose(1, 2)[images, order].transpose(1, 2)
-            masks = (attention, *(mask[images, order] for mask in others))
-        guidance = cross_attention(guidance, key, text, layer, num_heads, dropout, masks)
+    for number, layer in enumerate(text_to_image, start=1 << 14):
+        guidance = cross_attention(guidance, key, text, layer, num_heads, dropping(number, order))
     return guidance.transpose(1, 2).reshape(N, C, H, W)
+
+
+# Dropout of a tensor at one of a layer's four places: attention weights [N, heads, L, S], the
+# attention's branch, inside the MLP, the MLP's branch (each [N, L, columns]).
+Drop = Callable[[Tensor, int], Tensor]
 
 
 def cross_attention(
@@ -150,56 +149,15 @@ def cross_attention(
     value: Tensor,
     weights: CrossAttentionWeights,
     num_heads: int,
-    dropout: float = 0.0,
-    masks: Sequence[Tensor] | None = None,
+    drop: Drop,
 ) -> Tensor:
     """One post-norm layer: `x = LN(q + MHA(q, k, v)); x = LN(x + W2 relu(W1 x))`.
 
-    `query` [N, L, C], `key` and `value` [N, S, C]; returns [N, L, C]. Dropout acts on the attention
-    weights, on both branches before their sums, and inside the MLP; `masks` are its factors, in
-    the order attention [N, heads, L, S], first branch, inside the MLP, second branch.
+    `query` [N, L, C], `key` and `value` [N, S, C]; returns [N, L, C].
     """
-    if masks is not None:
-        return _masked_cross_attention(query, key, value, weights, num_heads, masks)
     width = query.shape[2]
-    attended = F.multi_head_attention_forward(
-        query.transpose(0, 1),
-        key.transpose(0, 1),
-        value.transpose(0, 1),
-        embed_dim_to_check=width,
-        num_heads=num_heads,
-        in_proj_weight=weights.in_proj_weight,
-        in_proj_bias=weights.in_proj_bias,
-        bias_k=None,
-        bias_v=None,
-        add_zero_attn=False,
-        dropout_p=dropout,
-        out_proj_weight=weights.out_proj_weight,
-        out_proj_bias=weights.out_proj_bias,
-        training=dropout > 0,
-        need_weights=False,
-    )[0].transpose(0, 1)
-    x = query + F.dropout(attended, dropout)
-    x = F.layer_norm(x, (width,), weights.norm1_weight, weights.norm1_bias)
-    hidden = F.relu(F.linear(x, weights.linear1_weight, weights.linear1_bias))
-    hidden = F.linear(F.dropout(hidden, dropout), weights.linear2_weight, weights.linear2_bias)
-    x = x + F.dropout(hidden, dropout)
-    return F.layer_norm(x, (width,), weights.norm2_weight, weights.norm2_bias)
-
-
-def _masked_cross_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: CrossAttentionWeights,
-    num_heads: int,
-    masks: Sequence[Tensor],
-) -> Tensor:
-    """`cross_attention` with given dropout factors, which PyTorch's own attention cannot take."""
-    attention_mask, branch_mask, hidden_mask, mlp_mask = (mask.to(query.dtype) for mask in masks)
-    N, _, width = query.shape
     q, k, v = (
-        F.linear(x, weight, bias).view(N, -1, num_heads, width // num_heads).transpose(1, 2)
+        F.linear(x, weight, bias).unflatten(2, (num_heads, -1)).transpose(1, 2)
         for x, weight, bias in zip(
             (query, key, value),
             weights.in_proj_weight.chunk(3),
@@ -208,30 +166,33 @@ def _masked_cross_attention(
         )
     )
     attention = (q @ k.transpose(2, 3) * (width // num_heads) ** -0.5).softmax(dim=3)
-    attended = ((attention * attention_mask) @ v).transpose(1, 2).reshape(N, -1, width)
+    attended = (drop(attention, 0).to(v.dtype) @ v).transpose(1, 2).flatten(2)
     attended = F.linear(attended, weights.out_proj_weight, weights.out_proj_bias)
-    x = query + attended * branch_mask
+    x = query + drop(attended, 1)
     x = F.layer_norm(x, (width,), weights.norm1_weight, weights.norm1_bias)
-    hidden = F.relu(F.linear(x, weights.linear1_weight, weights.linear1_bias)) * hidden_mask
-    x = x + F.linear(hidden, weights.linear2_weight, weights.linear2_bias) * mlp_mask
+    hidden = drop(F.relu(F.linear(x, weights.linear1_weight, weights.linear1_bias)), 2)
+    x = x + drop(F.linear(hidden, weights.linear2_weight, weights.linear2_bias), 3)
     return F.layer_norm(x, (width,), weights.norm2_weight, weights.norm2_bias)
 
 
-def _replayed_masks(
-    seed: Tensor,
-    site: int,
-    sizes: tuple[int, int, int, int],
-    weights: CrossAttentionWeights,
-    dropout: float,
-) -> tuple[Tensor, ...]:
-    """The four masks of a layer for `sizes` = images, rows, keys and heads."""
-    N, rows, keys, heads = sizes
-    hidden, width = weights.linear1_weight.shape
-    attention = dropout_mask(seed, site, N, (rows, heads, keys), dropout).transpose(1, 2)
-    return attention, *(
-        dropout_mask(seed, site + number, N, (rows, columns), dropout)
-        for number, columns in ((1, width), (2, hidden), (3, width))
-    )
+class _Replayed:
+    """The fused kernel's masks of one layer; `order` spreads the masks of `selected` + 1 rows."""
+
+    def __init__(
+        self, seed: Tensor, site: int, dropout: float, selected: int, order: Tensor | None
+    ) -> None:
+        self.seed, self.site, self.dropout = seed, site, dropout
+        self.selected, self.order = selected, order
+
+    def __call__(self, x: Tensor, place: int) -> Tensor:
+        by_row = x.transpose(1, 2) if place == 0 else x
+        N, L, *columns = by_row.shape
+        rows = L if self.order is None else self.selected + 1
+        mask = dropout_mask(self.seed, self.site + place, N, (rows, *columns), self.dropout)
+        if self.order is not None:
+            mask = mask[torch.arange(N, device=x.device)[:, None], self.order]
+        by_row = by_row * mask.to(x.dtype)
+        return by_row.transpose(1, 2) if place == 0 else by_row
 
 
 def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
