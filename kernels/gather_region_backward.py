@@ -165,7 +165,8 @@ def gather_region_backward(
     grad: Tensor, features: Tensor, index: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of features, weight and bias for `grad` [N, K, D]; three kernels and two sums."""
-    (N, C, H, W), K, D, P = features.shape, index.shape[1], weight.shape[0], features[0, 0].numel()
+    (N, C, H, W), K, D = features.shape, index.shape[1], weight.shape[0]
+    P = H * W
     order = index.new_empty(N, K, dtype=torch.int32)
     starts = index.new_empty(N, P + 1, dtype=torch.int32)
     grad_features = torch.empty_like(features)

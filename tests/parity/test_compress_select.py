@@ -182,6 +182,15 @@ def test_many_images():
     check_parity(attention(N, 2, 2, 2), torch.full((N,), 2, device=DEVICE), 3, (3, 3))
 
 
+def test_no_images():
+    h_attn = attention(1, 3, 4, 5)[:0].requires_grad_()
+    lengths = torch.zeros(0, dtype=torch.long, device=DEVICE)
+    score, index = fused.compress_select(h_attn, lengths, 4, (6, 7))
+    assert score.shape == (0, 6, 7)
+    assert index.shape == (0, 4)
+    assert torch.autograd.grad(score.sum(), h_attn)[0].shape == (0, 3, 4, 5)
+
+
 def test_wrong_inputs_are_named():
     lengths = torch.tensor([2], device=DEVICE)
     with pytest.raises(ValueError, match="num_selected is 10, the map has 9"):

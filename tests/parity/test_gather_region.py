@@ -139,6 +139,15 @@ def test_nan_stays_in_its_image():
     assert torch.equal(features_gradient, clean[1])
 
 
+def test_no_images():
+    given = inputs(*SMALL)
+    given = [x if place in (2, 3) else x[:0] for place, x in enumerate(given)]
+    out, features_gradient, weight_gradient, *_ = run(fused, given)
+    assert out.shape == (0, 9, 7)
+    assert features_gradient.shape == (0, 5, 4, 5)
+    assert torch.equal(weight_gradient, torch.zeros_like(given[2]))
+
+
 def test_wrong_inputs_are_named():
     features, index, weight, bias, positions = inputs(*SMALL)
     with pytest.raises(ValueError, match=r"features \[2, 5, 4, 5\] need .*\(7, 4, 3, 3\)"):

@@ -100,6 +100,12 @@ def test_nan_stays_in_its_row():
     assert torch.equal(out[~out.isnan()], clean[~out.isnan()])
 
 
+def test_no_images():
+    leaves = [x[:0].requires_grad_() for x in inputs(1, 3, 4, 5)]
+    out = fused.location_enhance(*leaves)
+    assert all(x.shape == (0, 3, 4, 5) for x in (out, *torch.autograd.grad(out.sum(), leaves)))
+
+
 def test_wrong_inputs_are_named():
     logits, features = inputs(2, 3, 4, 5)
     with pytest.raises(ValueError, match=r"features are \[2, 3, 4, 5\], logits \[2, 2, 4, 5\]"):
