@@ -7,12 +7,13 @@ positions. Half-precision inputs are widened where a docstring says fp32; fp64 s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lemma_fast.ops.philox import dropout_mask
 from lemma_fast.ops.weights import (
     AdaFMWeights,
     BatchNormWeights,
@@ -100,6 +101,7 @@ def sparse_cross_attention(
     text_to_image: Sequence[CrossAttentionWeights],
     num_heads: int,
     dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Align text and image in both directions and lay the guidance out as a map (eq. 6).
 
@@ -110,18 +112,35 @@ def sparse_cross_attention(
     and h_text as value. Returns X_G [N, C, H, W].
 
     `dropout` is a probability, not a mode: pass 0.0 in evaluation. With it on, every row, selected
-    or not, draws masks of its own from PyTorch's generator.
+    or not, draws masks of its own from PyTorch's generator. With a `seed`, one int64 number on the
+    same device, the masks are those of the fused kernel instead, which are slow to make here: all
+    unselected rows of an image share the masks of one row.
     """
-    N, _, C = selected.shape
+    N, K, C = selected.shape
     H, W = size
+    positions = index.long()
+
+    def dropping(layer: int, order: Tensor | None = None) -> Drop:
+        if dropout > 0 and seed is not None:
+            return _Replayed(seed, 4 * layer, dropout, K, order)
+        return lambda x, _place: F.dropout(x, dropout)
+
     key = text
-    for layer in image_to_text:
-        key = cross_attention(key, selected, selected, layer, num_heads, dropout)
-    rows = index.long()[:, :, None].expand(-1, -1, C)
+    for number, layer in enumerate(image_to_text):
+        key = cross_attention(key, selected, selected, layer, num_heads, dropping(number))
+    # The row of X_S at each position; row K stands for every unselected one.
+    every = torch.arange(K, device=index.device).expand(N, -1)
+    order = torch.full((N, H * W), K, device=index.device).scatter(1, positions, every)
+    rows = positions[:, :, None].expand(-1, -1, C)
     guidance = selected.new_zeros(N, H * W, C).scatter(1, rows, selected)
-    for layer in text_to_image:
-        guidance = cross_attention(guidance, key, text, layer, num_heads, dropout)
+    for number, layer in enumerate(text_to_image, start=1 << 14):
+        guidance = cross_attention(guidance, key, text, layer, num_heads, dropping(number, order))
     return guidance.transpose(1, 2).reshape(N, C, H, W)
+
+
+# Dropout of a tensor at one of a layer's four places: attention weights [N, heads, L, S], the
+# attention's branch, inside the MLP, the MLP's branch (each [N, L, columns]).
+Drop = Callable[[Tensor, int], Tensor]
 
 
 def cross_attention(
@@ -130,37 +149,50 @@ def cross_attention(
     value: Tensor,
     weights: CrossAttentionWeights,
     num_heads: int,
-    dropout: float = 0.0,
+    drop: Drop,
 ) -> Tensor:
     """One post-norm layer: `x = LN(q + MHA(q, k, v)); x = LN(x + W2 relu(W1 x))`.
 
-    `query` [N, L, C], `key` and `value` [N, S, C]; returns [N, L, C]. Dropout acts on the attention
-    weights, on both branches before their sums, and inside the MLP.
+    `query` [N, L, C], `key` and `value` [N, S, C]; returns [N, L, C].
     """
     width = query.shape[2]
-    attended = F.multi_head_attention_forward(
-        query.transpose(0, 1),
-        key.transpose(0, 1),
-        value.transpose(0, 1),
-        embed_dim_to_check=width,
-        num_heads=num_heads,
-        in_proj_weight=weights.in_proj_weight,
-        in_proj_bias=weights.in_proj_bias,
-        bias_k=None,
-        bias_v=None,
-        add_zero_attn=False,
-        dropout_p=dropout,
-        out_proj_weight=weights.out_proj_weight,
-        out_proj_bias=weights.out_proj_bias,
-        training=dropout > 0,
-        need_weights=False,
-    )[0].transpose(0, 1)
-    x = query + F.dropout(attended, dropout)
+    q, k, v = (
+        F.linear(x, weight, bias).unflatten(2, (num_heads, -1)).transpose(1, 2)
+        for x, weight, bias in zip(
+            (query, key, value),
+            weights.in_proj_weight.chunk(3),
+            weights.in_proj_bias.chunk(3),
+            strict=True,
+        )
+    )
+    attention = (q @ k.transpose(2, 3) * (width // num_heads) ** -0.5).softmax(dim=3)
+    attended = (drop(attention, 0).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    attended = F.linear(attended, weights.out_proj_weight, weights.out_proj_bias)
+    x = query + drop(attended, 1)
     x = F.layer_norm(x, (width,), weights.norm1_weight, weights.norm1_bias)
-    hidden = F.relu(F.linear(x, weights.linear1_weight, weights.linear1_bias))
-    hidden = F.linear(F.dropout(hidden, dropout), weights.linear2_weight, weights.linear2_bias)
-    x = x + F.dropout(hidden, dropout)
+    hidden = drop(F.relu(F.linear(x, weights.linear1_weight, weights.linear1_bias)), 2)
+    x = x + drop(F.linear(hidden, weights.linear2_weight, weights.linear2_bias), 3)
     return F.layer_norm(x, (width,), weights.norm2_weight, weights.norm2_bias)
+
+
+class _Replayed:
+    """The fused kernel's masks of one layer; `order` spreads the masks of `selected` + 1 rows."""
+
+    def __init__(
+        self, seed: Tensor, site: int, dropout: float, selected: int, order: Tensor | None
+    ) -> None:
+        self.seed, self.site, self.dropout = seed, site, dropout
+        self.selected, self.order = selected, order
+
+    def __call__(self, x: Tensor, place: int) -> Tensor:
+        by_row = x.transpose(1, 2) if place == 0 else x
+        N, L, *columns = by_row.shape
+        rows = L if self.order is None else self.selected + 1
+        mask = dropout_mask(self.seed, self.site + place, N, (rows, *columns), self.dropout)
+        if self.order is not None:
+            mask = mask[torch.arange(N, device=x.device)[:, None], self.order]
+        by_row = by_row * mask.to(x.dtype)
+        return by_row.transpose(1, 2) if place == 0 else by_row
 
 
 def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:

@@ -73,9 +73,20 @@ TRAINING = (
 RULES = {
     "lemma_fast.ops": Rule(),
     "lemma_fast.ops.weights": Rule((), ("torch",)),
-    "lemma_fast.ops.reference": Rule((WEIGHTS,), ("torch",)),
-    "lemma_fast.ops.fused": Rule((WEIGHTS, "lemma_fast.kernels.*", "lemma_fast._C"), ("torch",)),
+    "lemma_fast.ops.philox": Rule((), ("torch",)),
+    "lemma_fast.ops.reference": Rule((WEIGHTS, "lemma_fast.ops.philox"), ("torch",)),
+    # What is not fused yet is the reference's own.
+    "lemma_fast.ops.fused": Rule(
+        (WEIGHTS, "lemma_fast.ops.reference", "lemma_fast.kernels.*", "lemma_fast._C"), ("torch",)
+    ),
     "lemma_fast.kernels": Rule(),
+    # An operation of several hundred lines has its backward pass in a file beside it.
+    "lemma_fast.kernels.gather_region": Rule(
+        ("lemma_fast.kernels.gather_region_backward",), ("torch", "triton")
+    ),
+    "lemma_fast.kernels.sparse_cross_attention*": Rule(
+        (WEIGHTS, "lemma_fast.kernels.sparse_cross_attention_*"), ("torch", "triton")
+    ),
     "lemma_fast.kernels.*": Rule((WEIGHTS,), ("torch", "triton")),
     "lemma_fast.config": Rule(),
     **{name: Rule((*NETWORK, WEIGHTS), ("torch",)) for name in NETWORK[1:]},

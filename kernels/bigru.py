@@ -1,0 +1,381 @@
+"""Bidirectional GRU along one axis of a map: input projection, recurrence and layout in one launch.
+
+    r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)        z likewise
+    n = tanh(W_in x + b_in + r * (W_hn h + b_hn))     h' = (1 - z) n + z h
+
+A program owns BLOCK_S sequences and one direction, keeps both weight matrices on the chip and walks
+the steps; it reads and writes the maps by their strides, so nothing is permuted. Only the input and
+the output are kept for backward, which computes the gates again: one launch walks the steps back
+and leaves the gates' gradients, one turns them into the features' gradient, one into shares of the
+parameters' gradients, which are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lemma_fast.ops.weights import BiGRUWeights
+
+# The launch table, chosen by compiled resources (no spills). Not run on a GPU, not tuned.
+# Sequences a program of the recurrences and their warps, for a two-byte and a four-byte type.
+_BLOCK_S = 16
+_WARPS = {2: 4, 4: 8}
+# Positions a tile of the reductions, their warps, and the shares for each gate and direction.
+_BLOCK_P = {2: 32, 4: 16}
+_WARPS_SUMS = 4
+_SHARES = 64
+
+
+@triton.jit
+def _weights(ih, hh, bias_ih, bias_hh, C, H: tl.constexpr, BLOCK_C: tl.constexpr,
+             BLOCK_H: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Load one direction's parameters: matrices [inputs, BLOCK_H] by gate, then biases by gate."""
+    j = tl.arange(0, BLOCK_H)[None, :]
+    c = tl.arange(0, BLOCK_C)[:, None]
+    k = tl.arange(0, BLOCK_H)[:, None]
+    live = j < H
+    at = ih + j * C + c
+    inputs = live & (c < C)
+    w_ir = tl.load(at, mask=inputs, other=0.0).to(DOT)
+    w_iz = tl.load(at + H * C, mask=inputs, other=0.0).to(DOT)
+    w_in = tl.load(at + 2 * H * C, mask=inputs, other=0.0).to(DOT)
+    at = hh + j * H + k
+    states = live & (k < H)
+    w_hr = tl.load(at, mask=states, other=0.0).to(DOT)
+    w_hz = tl.load(at + H * H, mask=states, other=0.0).to(DOT)
+    w_hn = tl.load(at + 2 * H * H, mask=states, other=0.0).to(DOT)
+    b_ir = tl.load(bias_ih + j, mask=live, other=0.0).to(tl.float32)
+    b_iz = tl.load(bias_ih + H + j, mask=live, other=0.0).to(tl.float32)
+    b_in = tl.load(bias_ih + 2 * H + j, mask=live, other=0.0).to(tl.float32)
+    b_hr = tl.load(bias_hh + j, mask=live, other=0.0).to(tl.float32)
+    b_hz = tl.load(bias_hh + H + j, mask=live, other=0.0).to(tl.float32)
+    b_hn = tl.load(bias_hh + 2 * H + j, mask=live, other=0.0).to(tl.float32)
+    return w_ir, w_iz, w_in, w_hr, w_hz, w_hn, b_ir + b_hr, b_iz + b_hz, b_in, b_hn
+
+
+@triton.jit
+def _gates(x, h, weights, PRECISION: tl.constexpr):
+    """Compute r, z, n and the recurrent part of n from `x` [S, C] and `h` [S, H]."""
+    w_ir, w_iz, w_in, w_hr, w_hz, w_hn, b_r, b_z, b_in, b_hn = weights
+    h = h.to(x.dtype)
+    r = tl.dot(x, w_ir, input_precision=PRECISION)
+    z = tl.dot(x, w_iz, input_precision=PRECISION)
+    n = tl.dot(x, w_in, input_precision=PRECISION)
+    r = tl.sigmoid(tl.dot(h, w_hr, r, input_precision=PRECISION) + b_r)
+    z = tl.sigmoid(tl.dot(h, w_hz, z, input_precision=PRECISION) + b_z)
+    recurrent = tl.dot(h, w_hn, input_precision=PRECISION) + b_hn
+    # tanh by way of exp, which is all that every backend and the interpreter have.
+    n = 2 * tl.sigmoid(2 * (n + b_in + r * recurrent)) - 1
+    return r, z, n, recurrent
+
+
+@triton.jit
+def _forward(features, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines, strides,
+             out_strides, C, H: tl.constexpr, L: tl.constexpr, BLOCK_S: tl.constexpr,
+             BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    DOT: tl.constexpr = features.dtype.element_ty
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    reverse = tl.program_id(1)
+    if reverse == 0:
+        weights = _weights(ih0, hh0, bih0, bhh0, C, H, BLOCK_C, BLOCK_H, DOT)
+    else:
+        weights = _weights(ih1, hh1, bih1, bhh1, C, H, BLOCK_C, BLOCK_H, DOT)
+    c = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
+    j = tl.arange(0, BLOCK_H)[None, :].to(tl.int64)
+    n, line = (s // lines)[:, None].to(tl.int64), (s % lines)[:, None].to(tl.int64)
+    source = features + n * strides[0] + c * strides[1] + line * strides[2]
+    target = out + n * out_strides[0] + (reverse * H + j) * out_strides[1] + line * out_strides[2]
+    inside = (s < S)[:, None]
+    first, last = (L - 1) * reverse, (L - 1) * (1 - reverse)
+    # +1 or -1: the way a direction walks the axis
+    step = 1 - 2 * reverse
+    h = tl.zeros([BLOCK_S, BLOCK_H], tl.float32)
+    x = tl.load(source + first * strides[3], mask=inside & (c < C), other=0.0).to(DOT)
+    for i in tl.range(L, num_stages=1):
+        t = first + step * i
+        # The next input is asked for before this one is used.
+        more = (s < tl.where(t == last, 0, S))[:, None] & (c < C)
+        x_next = tl.load(source + (t + step) * strides[3], mask=more, other=0.0).to(DOT)
+        _, z, candidate, _ = _gates(x, h, weights, PRECISION)
+        h = (1 - z) * candidate + z * h
+        tl.store(target + t * out_strides[3], h, mask=inside & (j < H))
+        x = x_next
+
+
+@triton.jit
+def _backward(features, out, grad_out, gates, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines,
+              strides, out_strides, grad_strides, gates_strides, C, H: tl.constexpr,
+              L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    """Walk the steps backwards; store the gradients before the gates' nonlinearities."""
+    DOT: tl.constexpr = features.dtype.element_ty
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    reverse = tl.program_id(1)
+    if reverse == 0:
+        weights = _weights(ih0, hh0, bih0, bhh0, C, H, BLOCK_C, BLOCK_H, DOT)
+    else:
+        weights = _weights(ih1, hh1, bih1, bhh1, C, H, BLOCK_C, BLOCK_H, DOT)
+    c = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
+    j = tl.arange(0, BLOCK_H)[None, :].to(tl.int64)
+    n, line = (s // lines)[:, None].to(tl.int64), (s % lines)[:, None].to(tl.int64)
+    inside = (s < S)[:, None]
+    inputs, live = inside & (c < C), inside & (j < H)
+    channel = reverse * H + j
+    source = features + n * strides[0] + c * strides[1] + line * strides[2]
+    state = out + n * out_strides[0] + channel * out_strides[1] + line * out_strides[2]
+    above = grad_out + n * grad_strides[0] + channel * grad_strides[1] + line * grad_strides[2]
+    target = gates + reverse * gates_strides[0] + n * gates_strides[1] + line * gates_strides[2] + j
+    first = (L - 1) * reverse
+    step = 1 - 2 * reverse
+    k = tl.arange(0, BLOCK_H)[:, None]
+    recurrent_weights = (hh1 if reverse else hh0) + k * H + j
+    matrix = (k < H) & (j < H)
+    d_h = tl.zeros([BLOCK_S, BLOCK_H], tl.float32)
+    for i in tl.range(L, num_stages=1):
+        t = first + step * (L - 1 - i)
+        x = tl.load(source + t * strides[3], mask=inputs, other=0.0).to(DOT)
+        later = (s < tl.where(t == first, 0, S))[:, None] & (j < H)
+        h = tl.load(state + (t - step) * out_strides[3], mask=later, other=0.0).to(DOT)
+        d_h += tl.load(above + t * grad_strides[3], mask=live, other=0.0).to(tl.float32)
+        r, z, candidate, recurrent = _gates(x, h, weights, PRECISION)
+        # `n` is a sum of two products and has a gradient for each.
+        g_in = d_h * (1 - z) * (1 - candidate * candidate)
+        g_hn = g_in * r
+        g_r = g_hn * recurrent * (1 - r)
+        g_z = d_h * (h.to(tl.float32) - candidate) * z * (1 - z)
+        at = target + t * gates_strides[3]
+        tl.store(at, g_r, mask=live)
+        tl.store(at + H, g_z, mask=live)
+        tl.store(at + 2 * H, g_in, mask=live)
+        tl.store(at + 3 * H, g_hn, mask=live)
+        # These matrices come from the cache at every step: kept, they would crowd out the others.
+        w_hr = tl.load(recurrent_weights, mask=matrix, other=0.0).to(DOT)
+        w_hz = tl.load(recurrent_weights + H * H, mask=matrix, other=0.0).to(DOT)
+        w_hn = tl.load(recurrent_weights + 2 * H * H, mask=matrix, other=0.0).to(DOT)
+        d_h = tl.dot(g_r.to(DOT), w_hr, d_h * z, input_precision=PRECISION)
+        d_h = tl.dot(g_z.to(DOT), w_hz, d_h, input_precision=PRECISION)
+        d_h = tl.dot(g_hn.to(DOT), w_hn, d_h, input_precision=PRECISION)
+
+
+@triton.jit
+def _place(p, height, width):
+    """Image, row and column of raster positions, ready to be multiplied by strides."""
+    row = p // width
+    return (row // height).to(tl.int64), (row % height).to(tl.int64), (p % width).to(tl.int64)
+
+
+@triton.jit
+def _inputs(gates, grad_features, ih0, ih1, positions, height, width, strides, C,
+            H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """Turn both directions' gates' gradients into the features'."""
+    DOT: tl.constexpr = gates.dtype.element_ty
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    j = tl.arange(0, BLOCK_H)
+    inside = (p < positions)[:, None]
+    matrix = (j < H)[:, None] & (c < C)[None, :]
+    d_x = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for part in range(6):
+        gate = part % 3
+        weight = (ih1 if part >= 3 else ih0) + (gate * H + j)[:, None] * C + c[None, :]
+        weight = tl.load(weight, mask=matrix, other=0.0).to(DOT)
+        at = ((part // 3) * positions + p).to(tl.int64) * (4 * H) + gate * H
+        g = tl.load(gates + at[:, None] + j[None, :], mask=inside & (j < H)[None, :], other=0.0)
+        d_x = tl.dot(g.to(DOT), weight, d_x, input_precision=PRECISION)
+    n, row, column = _place(p, height, width)
+    at = n * strides[0] + row * strides[2] + column * strides[3]
+    at = at[:, None] + c[None, :] * strides[1]
+    tl.store(grad_features + at, d_x, mask=inside & (c < C)[None, :])
+
+
+@triton.jit
+def _sums(features, out, gates, shares, positions, height, width, strides, out_strides, C,
+          AXIS: tl.constexpr, H: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
+          BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Sum one share of the gradients of one gate's parameters, in one direction."""
+    DOT: tl.constexpr = features.dtype.element_ty
+    gate, reverse = tl.program_id(1) % 3, tl.program_id(1) // 3
+    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    j = tl.arange(0, BLOCK_H).to(tl.int64)
+    d_ih = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    d_hh = tl.zeros([BLOCK_H, BLOCK_H], tl.float32)
+    b_ih = tl.zeros([BLOCK_H], tl.float32)
+    b_hh = tl.zeros([BLOCK_H], tl.float32)
+    for tile in tl.range(TILES, num_stages=1):
+        p = (tl.program_id(0) * TILES + tile) * BLOCK_P + tl.arange(0, BLOCK_P)
+        n, row, column = _place(p, height, width)
+        inside = p < positions
+        source = features + n * strides[0] + row * strides[2] + column * strides[3]
+        keep = inside[:, None] & (c < C)[None, :]
+        x = tl.load(source[:, None] + c[None, :] * strides[1], mask=keep, other=0.0).to(DOT)
+        # The state before: one step back along the axis, zero where the sequence starts.
+        t, length, stride = row, height, out_strides[2]
+        if AXIS == 3:
+            t, length, stride = column, width, out_strides[3]
+        later = inside & (t != (length - 1) * reverse)
+        before = out + n * out_strides[0] + row * out_strides[2] + column * out_strides[3]
+        before = (before - (1 - 2 * reverse) * stride)[:, None]
+        before += (reverse * H + j)[None, :] * out_strides[1]
+        h = tl.load(before, mask=later[:, None] & (j < H)[None, :], other=0.0).to(DOT)
+        # The last gate has one gradient for its input's product, one for its state's.
+        at = (reverse * positions + p).to(tl.int64) * (4 * H) + gate * H
+        at = gates + at[:, None] + j[None, :]
+        keep = inside[:, None] & (j < H)[None, :]
+        g_ih = tl.load(at, mask=keep, other=0.0)
+        g_hh = tl.load(at + (gate // 2) * H, mask=keep, other=0.0)
+        b_ih += tl.sum(g_ih.to(tl.float32), 0)
+        b_hh += tl.sum(g_hh.to(tl.float32), 0)
+        d_ih = tl.dot(tl.trans(g_ih).to(DOT), x, d_ih, input_precision=PRECISION)
+        d_hh = tl.dot(tl.trans(g_hh).to(DOT), h, d_hh, input_precision=PRECISION)
+    # A share holds weight_ih, weight_hh, bias_ih, bias_hh in turn.
+    shares += (reverse * tl.num_programs(0).to(tl.int64) + tl.program_id(0)) * (3 * H * (C + H + 2))
+    row = (gate * H + j)[:, None]
+    rows = (j < H)[:, None]
+    tl.store(shares + row * C + c[None, :], d_ih, mask=rows & (c < C)[None, :])
+    shares += 3 * H * C
+    tl.store(shares + row * H + j[None, :], d_hh, mask=rows & (j < H)[None, :])
+    shares += 3 * H * H + gate * H
+    tl.store(shares + j, b_ih, mask=j < H)
+    tl.store(shares + 3 * H + j, b_hh, mask=j < H)
+
+
+@torch.library.custom_op("lemma_fast::bigru", mutates_args=())
+def _bigru(features: Tensor, axis: int, weights: list[Tensor]) -> Tensor:
+    out = _empty_map(features, 2 * weights[1].shape[1])
+    S, sizes, blocks = _sizes(features, axis, weights)
+    with torch.cuda.device_of(features):
+        _forward[triton.cdiv(S, _BLOCK_S), 2](
+            features, out, *_contiguous(weights), S, features.shape[5 - axis],
+            _strides(features, axis), _strides(out, axis), *sizes, *blocks,
+            num_warps=_WARPS[features.itemsize],
+        )  # fmt: skip
+    return out
+
+
+@_bigru.register_fake
+def _(features: Tensor, axis: int, weights: list[Tensor]) -> Tensor:
+    return _empty_map(features, 2 * weights[1].shape[1])
+
+
+@torch.library.custom_op("lemma_fast::bigru_backward", mutates_args=())
+def _bigru_backward(
+    grad_out: Tensor, features: Tensor, out: Tensor, axis: int, weights: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the features' gradient and both directions' parameters' [2, 3 * H * (C + H + 2)]."""
+    S, (C, H, L), blocks = _sizes(features, axis, weights)
+    N, _, height, width = features.shape
+    weights = _contiguous(weights)
+    gates = features.new_empty(2, N, height, width, 4 * H)
+    gates_strides = (gates.stride(0), gates.stride(1), gates.stride(5 - axis), gates.stride(axis))
+    with torch.cuda.device_of(features):
+        _backward[triton.cdiv(S, _BLOCK_S), 2](
+            features, out, grad_out, gates, *weights, S, features.shape[5 - axis],
+            _strides(features, axis), _strides(out, axis), _strides(grad_out, axis), gates_strides,
+            C, H, L, *blocks, num_warps=_WARPS[features.itemsize],
+        )  # fmt: skip
+    block_p = _BLOCK_P[features.itemsize]
+    tiles = triton.cdiv(S * L, block_p)
+    grad_features = _empty_map(features, C)
+    with torch.cuda.device_of(features):
+        _inputs[(tiles,)](
+            gates, grad_features, weights[0], weights[4], S * L, height, width,
+            grad_features.stride(), C, H, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
+        )  # fmt: skip
+    # A power of two, so that few batch sizes need a compilation of their own.
+    walked = triton.next_power_of_2(triton.cdiv(tiles, _SHARES))
+    programs = triton.cdiv(tiles, walked)
+    shares = features.new_empty(2, programs, 3 * H * (C + H + 2), dtype=torch.float32)
+    with torch.cuda.device_of(features):
+        _sums[programs, 6](
+            features, out, gates, shares, S * L, height, width, features.stride(), out.stride(),
+            C, axis, H, walked, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
+        )  # fmt: skip
+    return grad_features, shares.sum(1)
+
+
+@_bigru_backward.register_fake
+def _(
+    grad_out: Tensor, features: Tensor, out: Tensor, axis: int, weights: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    C, H = features.shape[1], weights[1].shape[1]
+    shares = features.new_empty(2, 3 * H * (C + H + 2), dtype=torch.float32)
+    return _empty_map(features, C), shares
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    features, axis, weights = inputs
+    ctx.save_for_backward(features, output, *weights)
+    ctx.axis = axis
+
+
+def _gradients(ctx, grad_out):
+    features, out, *weights = ctx.saved_tensors
+    grad_features, shares = _bigru_backward(grad_out, features, out, ctx.axis, weights)
+    grads = []
+    for direction in range(2):
+        of_direction = weights[4 * direction : 4 * direction + 4]
+        parts = shares[direction].split([weight.numel() for weight in of_direction])
+        grads += [
+            part.view(weight.shape).to(weight.dtype)
+            for part, weight in zip(parts, of_direction, strict=True)
+        ]
+    return grad_features, None, grads
+
+
+_bigru.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
+    """Run `ops.reference.bigru`'s recurrence; the result is laid out in memory as `features` is.
+
+    `features` [N, C, H, W] in fp32, fp16 or bf16 with any strides, C up to 128; hidden up to 64;
+    any length. Parameters may be of another type. State and sums are fp32; products of fp32 maps
+    are of full precision unless `torch.set_float32_matmul_precision` allows less. Deterministic.
+    Under CUDA autocast the features are cast, as cuDNN's are. Raises ValueError otherwise.
+    """
+    if axis not in (2, 3):
+        raise ValueError(f"axis is {axis}; 2 runs along the height, 3 along the width")
+    if features.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"features are {features.dtype}; the fused GRU takes fp32, fp16 and bf16")
+    C, hidden = weights.weight_ih.shape[1], weights.weight_hh.shape[1]
+    if features.dim() != 4 or features.shape[1] != C:
+        raise ValueError(f"features are {[*features.shape]}, the weights take [N, {C}, H, W]")
+    if C > 128 or hidden > 64:
+        raise ValueError(f"C = {C}, hidden = {hidden}: the fused GRU takes up to 128 and 64")
+    if features.is_cuda and torch.is_autocast_enabled("cuda"):
+        features = features.to(torch.get_autocast_dtype("cuda"))
+    return _bigru(features, axis, list(weights))
+
+
+def _empty_map(features: Tensor, channels: int) -> Tensor:
+    """Return an uninitialised map [N, channels, H, W] with the layout of `features`."""
+    N, _, H, W = features.shape
+    last = features.is_contiguous(memory_format=torch.channels_last)
+    if last and not features.is_contiguous():
+        return features.new_empty(N, H, W, channels).permute(0, 3, 1, 2)
+    return features.new_empty(N, channels, H, W)
+
+
+def _strides(x: Tensor, axis: int) -> tuple[int, int, int, int]:
+    """Strides of images, channels, lines and steps."""
+    return x.stride(0), x.stride(1), x.stride(5 - axis), x.stride(axis)
+
+
+def _sizes(
+    features: Tensor, axis: int, weights: list[Tensor]
+) -> tuple[int, tuple[int, int, int], tuple[int, int, int, str]]:
+    """Return the number of sequences; C, H and L; the blocks and the products' precision."""
+    N, C = features.shape[:2]
+    H = weights[1].shape[1]
+    exact = torch.get_float32_matmul_precision() == "highest"
+    block_c, block_h = (max(16, triton.next_power_of_2(size)) for size in (C, H))
+    blocks = (_BLOCK_S, block_c, block_h, "tf32x3" if exact else "tf32")
+    return N * features.shape[5 - axis], (C, H, features.shape[axis]), blocks
+
+
+def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]

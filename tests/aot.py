@@ -1,0 +1,136 @@
+"""Compile Triton kernels ahead of time, on any machine: cubins and what they need.
+
+`compile_kernels` runs the cases of one test in a process of its own, because kernels that were
+declared under TRITON_INTERPRET cannot be compiled. A signature gives each argument's type in
+Triton's own notation: "*fp32:16" (a pointer, aligned to 16 bytes), "i32:16" (a size that 16
+divides), "i32", "1" (a size or stride that is 1, which Triton specialises), "fp32"; a tuple of
+those for a tuple of strides. As at a launch, what is not a pointer or a size is a constexpr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CAPABILITIES = (80, 90, 120)
+# What one block may have on the smallest of the three (sm_120); sm_80 and sm_90 have more.
+SHARED_LIMIT = 99 * 1024
+
+Types = Mapping[str, str | Sequence[str]]
+
+
+class Resources(NamedTuple):
+    """What one cubin needs: registers a thread, bytes of local memory (spills), shared bytes."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+class Case(NamedTuple):
+    """One kernel to compile: where it is ("package.module:name") and the arguments below."""
+
+    kernel: str
+    signature: dict[str, str | list[str]]
+    constexprs: dict[str, Any]
+    capability: int
+    num_warps: int
+    num_stages: int = 3
+
+
+def compile_kernel(
+    fn: Callable[..., Any],
+    signature: Types,
+    constexprs: Mapping[str, Any],
+    capability: int,
+    num_warps: int,
+    num_stages: int = 3,
+) -> Resources:
+    """Make a cubin of one `@triton.jit` function; not in a process with TRITON_INTERPRET set."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    hints: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def read(text: str, path: tuple[int, ...]) -> str:
+        kind, _, divisor = text.partition(":")
+        if kind == "1":
+            constants[path] = 1
+            return "constexpr"
+        if divisor:
+            hints[path] = [["tt.divisibility", int(divisor)]]
+        return kind
+
+    for place, name in enumerate(fn.arg_names):
+        if name in constexprs:
+            types[name] = "constexpr"
+            constants[place,] = constexprs[name]
+        elif isinstance(signature[name], str):
+            types[name] = read(signature[name], (place,))
+        else:
+            parts = enumerate(signature[name])
+            types[name] = tuple(read(text, (place, part)) for part, text in parts)
+    unknown = (set(signature) | set(constexprs)) - set(fn.arg_names)
+    if unknown:
+        raise ValueError(f"{fn.__name__} has no arguments {sorted(unknown)}")
+    source = ASTSource(fn, signature=types, constexprs=constants, attrs=hints)
+    target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    return _resources(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _resources(cubin: bytes, shared: int) -> Resources:
+    """Read registers and local memory from a cubin; Triton asks for shared memory at the launch."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(
+        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text
+    ).groups()
+    return Resources(int(registers), int(stack) + int(local), shared)
+
+
+def compile_kernels(cases: Sequence[Case]) -> list[Resources]:
+    """Compile every case in one fresh process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:
+        environment["TRITON_CACHE_DIR"] = cache
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__],
+            input=json.dumps(cases),
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [Resources(*line) for line in json.loads(run.stdout)]
+
+
+def _main() -> None:
+    results = []
+    for fields in json.load(sys.stdin):
+        case = Case(*fields)
+        module, _, name = case.kernel.partition(":")
+        fn = getattr(importlib.import_module(module), name)
+        results.append(compile_kernel(fn, *case[1:]))
+    sys.stdout.write(json.dumps(results))
+
+
+if __name__ == "__main__":
+    _main()
