@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.config import LemmaConfig
+from lemma_fast.ops import Operations
 from lemma_fast.ops.weights import AdaFMWeights, BatchNormWeights, BiGRUWeights, BranchWeights
 from lemma_fast.recognizer import ConvNorm
 
@@ -36,7 +36,7 @@ class Branch(nn.Module):
 class AdaFM(nn.Module):
     """Adaptive fusion of features and guidance, both [N, C, H, W] (eq. 7)."""
 
-    def __init__(self, config: LemmaConfig, ops: ModuleType) -> None:
+    def __init__(self, config: LemmaConfig, ops: Operations) -> None:
         super().__init__()
         channels = config.channels
         self.op = ops.adafm
@@ -67,11 +67,17 @@ class AdaFM(nn.Module):
         )
 
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
-        if self.training:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d) and module.num_batches_tracked is not None:
-                    module.num_batches_tracked.add_(1)
-        return self.op(features, guidance, self.weights(), self.training)
+        """Fuse; the batch norms' own mode counts, so that they can be frozen in training."""
+        weights = self.weights()
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        training = norms[0].training
+        if any(norm.training != training for norm in norms):
+            raise ValueError("AdaFM's batch norms are one operation: all train, or none does")
+        if training:
+            for norm in norms:
+                if norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.add_(1)
+        return self.op(features, guidance, weights, training)
 
 
 class Concatenation(nn.Module):
@@ -88,7 +94,7 @@ class Concatenation(nn.Module):
 class BiGRU(nn.Module):
     """Bidirectional GRU along one axis of [N, C, H, W]; parameters are those of `nn.GRU`."""
 
-    def __init__(self, channels: int, axis: int, ops: ModuleType) -> None:
+    def __init__(self, channels: int, axis: int, ops: Operations) -> None:
         super().__init__()
         self.op = ops.bigru
         self.axis = axis
@@ -114,7 +120,7 @@ class BiGRU(nn.Module):
 class RecurrentBlock(nn.Module):
     """Sequential-recurrent block with AdaFM inside its residual: X_n and X_G to X_{n+1}."""
 
-    def __init__(self, config: LemmaConfig, ops: ModuleType) -> None:
+    def __init__(self, config: LemmaConfig, ops: Operations) -> None:
         super().__init__()
         channels = config.channels
         self.conv1 = ConvNorm(channels, channels, 3, bias=True)
@@ -149,7 +155,14 @@ def conv_weights(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     return conv.weight, conv.bias
 
 
-def norm_weights(norm: nn.BatchNorm2d) -> BatchNormWeights:
-    """Affine parameters and running statistics of a batch norm that has both."""
-    assert norm.running_mean is not None and norm.running_var is not None
+def norm_weights(norm: nn.Module) -> BatchNormWeights:
+    """Affine parameters and running statistics of a plain batch norm.
+
+    Raises ValueError for what the operation would compute otherwise than the module.
+    """
+    plain = type(norm) is nn.BatchNorm2d and (norm.eps, norm.momentum) == (1e-5, 0.1)
+    if not plain or norm.running_mean is None or norm.running_var is None:
+        raise ValueError(
+            f"AdaFM takes nn.BatchNorm2d with eps 1e-5 and momentum 0.1 as its norms, not {norm}"
+        )
     return BatchNormWeights(norm.weight, norm.bias, norm.running_mean, norm.running_var)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from lemma_fast.published import extra_tables, infer_config, name_map, published
 
 FORMAT = "lemma-fast 1"
 HUB_FILE = "model.safetensors"
+CONFIG_KEY = "lemma_fast_config"
 _WRAPPERS = ("state_dict_G", "model", "state_dict")
 
 
@@ -52,8 +54,9 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
         model = _load_ours(path)
     else:
         try:
-            model = from_published(read_published(path))
-        except CheckpointError as error:
+            content = _unpickled(path)
+            model = from_published(_tensors(path, content), _carried_config(content))
+        except ValueError as error:
             raise CheckpointError(_prefixed(path, error)) from error
     return model.to(device).eval()
 
@@ -89,13 +92,14 @@ def convert(source: str | Path, target: str | Path) -> None:
 
     The direction follows the suffix of `target`. Raises CheckpointError.
     """
-    source, target = Path(source), Path(target)
+    source, target = locate(source), Path(target)
     model = load(source)
     if target.suffix == ".safetensors":
         origin = {"source": source.name, "source_sha256": file_digest(source)}
         save(model, target, origin)
     elif target.suffix in (".pth", ".pt"):
-        published = {"state_dict_G": to_published(model)}
+        # Shapes do not tell everything, heads for one.
+        published = {"state_dict_G": to_published(model), CONFIG_KEY: model.config.to_dict()}
         with _complete(target) as partial:
             torch.save(published, partial)
     else:
@@ -181,18 +185,33 @@ def _prior_part(name: str, state: Mapping[str, Tensor]) -> str:
 
 def read_published(path: Path) -> dict[str, Tensor]:
     """Tensors of a `torch.save` file, out of the wrappers that published code uses."""
+    return _tensors(path, _unpickled(path))
+
+
+def _carried_config(content: object) -> LemmaConfig | None:
+    """The config that `convert` writes beside the published tensors."""
+    if not isinstance(content, Mapping) or CONFIG_KEY not in content:
+        return None
+    return LemmaConfig.from_dict(content[CONFIG_KEY])
+
+
+def _unpickled(path: Path) -> object:
+    """What a `torch.save` file holds, if that is tensors and plain values only."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
+        # PyTorch's own message advises to switch this protection off.
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors or is no checkpoint "
-            f"({str(error).splitlines()[0]})"
+            f"{path}: refused, it is no checkpoint, or holds Python objects beside tensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+
+
+def _tensors(path: Path, content: object) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -263,17 +282,18 @@ def _download(name: str, options: Mapping[str, Any]) -> Path:
 def _load_ours(path: Path) -> LEMMA:
     state, metadata = _read_safetensors(path)
     try:
+        if metadata.get("format", FORMAT) != FORMAT:
+            raise CheckpointError(f"its format is {metadata['format']!r}, not {FORMAT!r}")
         if "config" in metadata:
             config = LemmaConfig.from_dict(json.loads(metadata["config"]))
         elif any(name.startswith("guidanceGen.") for name in state):
             return from_published(state)
         else:
             raise CheckpointError("it carries no config: it was not written by lemma-fast")
-        if metadata.get("sha256"):
-            _check_digest(path, state, metadata)
+        _check_digest(path, state, metadata)
         model = LEMMA(config)
         _check_fit(state, model.state_dict())
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(_prefixed(path, error)) from error
     model.load_state_dict(state)
     return model
@@ -295,7 +315,7 @@ def _complete(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` at the end and is removed on failure."""
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no folder {path.parent}")
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield partial
         partial.replace(path)
@@ -328,8 +348,21 @@ def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
     ]
     if misshapen:
         problems.append(f"misshapen {_named(misshapen)}")
+    unusable = [
+        f"{name} ({state[name].dtype}, {state[name].layout})"
+        for name, tensor in expected.items()
+        if name in state and not _usable(state[name], tensor)
+    ]
+    if unusable:
+        problems.append(f"unusable {_named(unusable)}")
     if problems:
         raise CheckpointError("; ".join(problems))
+
+
+def _usable(tensor: Tensor, like: Tensor) -> bool:
+    """Whether values can be copied: dense, present, and of the same kind of number."""
+    same_kind = tensor.is_floating_point() == like.is_floating_point() and not tensor.is_complex()
+    return tensor.layout == torch.strided and not tensor.is_meta and same_kind
 
 
 def _named(names: Iterable[str]) -> str:

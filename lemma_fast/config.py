@@ -39,6 +39,7 @@ class PriorConfig:
         return product
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
         if not len(self.widths) == len(self.depths) == len(self.strides):
             raise ValueError(
                 "prior.widths, prior.depths and prior.strides need one entry a stage, got "
@@ -103,6 +104,11 @@ class LemmaConfig:
         return self.num_selected if keep else self.height * self.width
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
+        if len(set(self.charset)) != len(self.charset) or not self.charset:
+            raise ValueError(f"charset {self.charset!r} must name each character once")
+        if self.in_channels < 3:
+            raise ValueError(f"in_channels is {self.in_channels}: RGB comes first")
         if self.scale != 2:
             raise ValueError(f"scale {self.scale} is not supported: the published network doubles")
         if self.channels % 2 or self.channels % self.heads:
@@ -162,6 +168,26 @@ class LemmaConfig:
             raise ValueError(f"config entry 'prior' must be a table, got {prior!r}")
         sizes = PriorConfig(**_entries(PriorConfig, prior))
         return cls(**_entries(cls, {**values, "prior": sizes}))
+
+
+def _check_sizes(config: PriorConfig | LemmaConfig) -> None:
+    """Sizes are positive whole numbers, switches and text what their defaults are."""
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        sizes = value if isinstance(value, tuple) else (value,)
+        kind = type(sizes[0] if sizes else None)
+        expected = _kind(entry)
+        if kind is not expected or any(type(size) is not kind for size in sizes):
+            raise ValueError(f"{entry.name} is {value!r}, not {expected.__name__}")
+        if kind is int and min(sizes) < 1:
+            raise ValueError(f"{entry.name} is {value!r}: sizes are at least 1")
+
+
+def _kind(entry: dataclasses.Field[Any]) -> type:
+    if entry.name == "prior":
+        return PriorConfig
+    default = entry.default
+    return type(default[0] if isinstance(default, tuple) else default)
 
 
 def _entries(config: type, values: Mapping[str, object]) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import Tensor, nn
 
 from lemma_fast.config import LemmaConfig
+from lemma_fast.ops import Operations
 from lemma_fast.ops.weights import CrossAttentionWeights
 from lemma_fast.recognizer import Prior
 from lemma_fast.transformer import TransformerLayer, sinusoid
@@ -40,7 +39,7 @@ class Guidance(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, config: LemmaConfig, ops: ModuleType) -> None:
+    def __init__(self, config: LemmaConfig, ops: Operations) -> None:
         super().__init__()
         self.config = config
         self.compress_select = ops.compress_select
@@ -56,7 +55,8 @@ class Guidance(nn.Module):
         if self.uses_image:
             if config.location_enhancement and config.character_attention and config.expansion:
                 self.expansion = Expansion(config)
-            if config.pixel_to_region:
+            self.region = config.location_enhancement and config.pixel_to_region
+            if self.region:
                 self.pixel_to_region = nn.Conv2d(channels, channels, 3, padding=1)
         if self.uses_text:
             to_text = config.alignment_layers if config.alignment == "bidirectional" else 0
@@ -90,7 +90,7 @@ class Guidance(nn.Module):
 
         score, index = self.compress_select(h_attn, prior.pt_lengths, config.selected, (H, W))
         enhanced = self._enhance(score, features)
-        if config.pixel_to_region:
+        if self.region:
             weight, bias = self.pixel_to_region.weight, self.pixel_to_region.bias
             selected = self.gather_region(enhanced, index, weight, bias, positions)
         else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from lemma_fast.blocks import RecurrentBlock, Upsampler
 from lemma_fast.config import LemmaConfig
 from lemma_fast.guidance import Guidance
-from lemma_fast.ops import reference
+from lemma_fast.ops import Operations, reference
 from lemma_fast.recognizer import ConvNorm, Prior, TextPrior
 from lemma_fast.rectify import Rectifier
 
@@ -23,7 +21,7 @@ class LEMMA(
     PyTorchModelHubMixin,
     library_name="lemma-fast",
     tags=["image-super-resolution", "scene-text"],
-    repo_url="https://github.com/csguoh/LEMMA",
+    license="apache-2.0",
 ):
     """Location Enhanced Multi-Modal network (IJCAI 2023).
 
@@ -31,7 +29,7 @@ class LEMMA(
     or any object with the same functions. Parameters and `state_dict` do not depend on `ops`.
     """
 
-    def __init__(self, config: LemmaConfig | None = None, ops: ModuleType = reference) -> None:
+    def __init__(self, config: LemmaConfig | None = None, ops: Operations = reference) -> None:
         super().__init__()
         self.config = config = config or LemmaConfig.base()
         channels = config.channels
@@ -74,7 +72,28 @@ class LEMMA(
         checkpoint.save(self, save_directory / checkpoint.HUB_FILE)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options: Any) -> LEMMA:
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        config: object = None,
+    ) -> LEMMA:
+        """Load through the checkpoint module: always strict, with the config in the file."""
         from lemma_fast import checkpoint
 
-        return checkpoint.load(checkpoint.locate(model_id, **options), map_location)
+        path = checkpoint.locate(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        return checkpoint.load(path, map_location)

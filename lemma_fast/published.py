@@ -177,9 +177,11 @@ def infer_config(state: Mapping[str, Tensor]) -> LemmaConfig:
     one, since its characters cannot be known then.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dims: int = 1) -> tuple[int, ...]:
         if name not in state:
             raise ValueError(f"it has no tensor {name}")
+        if state[name].dim() < dims:
+            raise ValueError(f"its tensor {name} has the shape {[*state[name].shape]}")
         return tuple(state[name].shape)
 
     def count(template: str, start: int = 0) -> int:
@@ -189,8 +191,8 @@ def infer_config(state: Mapping[str, Tensor]) -> LemmaConfig:
     classes = shape("position_prior.language.cls.weight")[0]
     if classes != defaults.num_classes:
         raise ValueError(f"it has {classes} classes: pass a config with its charset")
-    channels, in_channels = shape("block1.0.weight")[:2]
-    height, width = shape("block2.affine.channel_attn.0.weight")[2:]
+    channels, in_channels = shape("block1.0.weight", 2)[:2]
+    height, width = shape("block2.affine.channel_attn.0.weight", 4)[2:4]
     stages = range(1, 1 + count(_RESNET + ".layer{}.0.conv1.weight", start=1))
     stn = "stn_head.stn_fc2.bias"
     prior = PriorConfig(

@@ -226,7 +226,8 @@ def _gru(sequences: Tensor, weights: list[Tensor]) -> Tensor:
         has_biases=True,
         num_layers=1,
         dropout=0.0,
-        train=False,
+        # Without dropout it changes no value, but cuDNN keeps what backward needs only then.
+        train=torch.is_grad_enabled(),
         bidirectional=True,
         batch_first=True,
     )[0]

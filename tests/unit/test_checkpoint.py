@@ -1,11 +1,13 @@
 """Checkpoints: every published name both ways, and every way a file can be wrong."""
 
 import csv
+import inspect
 import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors import safe_open
@@ -291,3 +293,57 @@ def test_a_failed_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointError, match="there is no folder"):
         checkpoint.save(model, tmp_path / "nowhere" / "m.safetensors")
+
+
+def test_what_shapes_do_not_tell_travels_with_a_converted_file(
+    model: LEMMA, tmp_path: Path
+) -> None:
+    checkpoint.save(model, tmp_path / "a.safetensors")
+    checkpoint.convert(tmp_path / "a.safetensors", tmp_path / "b.pth")
+    again = lemma_fast.load(tmp_path / "b.pth")
+    assert again.config == model.config
+    lr = torch.rand(1, 4, 16, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(lr)[0], model(lr)[0])
+
+
+def test_from_pretrained_of_a_hub_id(
+    model: LEMMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path)
+    real = huggingface_hub.hf_hub_download
+
+    def download(*arguments: object, **options: object) -> str:
+        given = inspect.signature(real).bind(*arguments, **options).arguments
+        return str(tmp_path / str(given["filename"]))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
+    assert same(LEMMA.from_pretrained("someone/model", strict=True), model)
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse", "meta", "integer"])
+def test_tensors_that_cannot_be_copied_are_named(model: LEMMA, kind: str) -> None:
+    state = checkpoint.to_published(model)
+    bias = state["block1.0.bias"]
+    state["block1.0.bias"] = {
+        "complex": bias.to(torch.complex64),
+        "sparse": bias.to_sparse(),
+        "meta": bias.to("meta"),
+        "integer": bias.long(),
+    }[kind]
+    with pytest.raises(CheckpointError, match=r"unusable 1 tensors \(block1\.0\.bias"):
+        checkpoint.from_published(state, TINY)
+
+
+@pytest.mark.parametrize("name", ["block1.0.weight", "position_prior.language.cls.weight"])
+def test_a_scalar_where_sizes_are_read_is_named(model: LEMMA, name: str) -> None:
+    state = checkpoint.to_published(model) | {name: torch.tensor(1.0)}
+    with pytest.raises(CheckpointError, match=f"{name} has the shape"):
+        checkpoint.from_published(state)
+
+
+def test_another_format_is_refused(model: LEMMA, tmp_path: Path) -> None:
+    checkpoint.save(model, tmp_path / "m.safetensors", {"format": "lemma-fast 9"})
+    with pytest.raises(CheckpointError, match="its format is 'lemma-fast 9'"):
+        lemma_fast.load(tmp_path / "m.safetensors")

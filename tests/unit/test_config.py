@@ -43,7 +43,7 @@ def test_round_trip_through_json() -> None:
         ({"prior": {"depth": 3}}, "unknown entries in PriorConfig: depth"),
         ({"prior": 3}, "'prior' must be a table"),
         ({"num_selected": 1025}, "not in 1..1024"),
-        ({"num_selected": 0}, "not in 1..1024"),
+        ({"num_selected": 0}, "num_selected is 0"),
         ({"channels": 66}, "divisible by 4 heads"),
         ({"scale": 4}, "scale 4 is not supported"),
         ({"alignment": "both"}, "not one of"),
@@ -51,6 +51,14 @@ def test_round_trip_through_json() -> None:
         ({"height": 18}, "does not fit|divisible by 16"),
         ({"prior": {"widths": [8, 8]}}, "one entry a stage"),
         ({"prior": {"heads": 7}}, "not divisible by 7 heads"),
+        ({"heads": 0}, "heads is 0: sizes are at least 1"),
+        ({"channels": "64"}, "channels is '64', not int"),
+        ({"num_blocks": -1}, "num_blocks is -1"),
+        ({"feature_selection": 1}, "feature_selection is 1, not bool"),
+        ({"prior": {"widths": []}}, "widths is"),
+        ({"charset": ""}, "must name each character once"),
+        ({"charset": "aa"}, "must name each character once"),
+        ({"in_channels": 2}, "RGB comes first"),
     ],
 )
 def test_contradictions_are_named(values: dict[str, object], message: str) -> None:

@@ -71,7 +71,7 @@ TRAINING = (
 
 # The first pattern that matches a module is its rule.
 RULES = {
-    "lemma_fast.ops": Rule(),
+    "lemma_fast.ops": Rule((), ("torch",)),
     "lemma_fast.ops.weights": Rule((), ("torch",)),
     "lemma_fast.ops.philox": Rule((), ("torch",)),
     "lemma_fast.ops.reference": Rule((WEIGHTS, "lemma_fast.ops.philox"), ("torch",)),
@@ -89,10 +89,10 @@ RULES = {
     ),
     "lemma_fast.kernels.*": Rule((WEIGHTS,), ("torch", "triton")),
     "lemma_fast.config": Rule(),
-    **{name: Rule((*NETWORK, WEIGHTS), ("torch",)) for name in NETWORK[1:]},
+    **{name: Rule((*NETWORK, "lemma_fast.ops", WEIGHTS), ("torch",)) for name in NETWORK[1:]},
     # The checkpoint module is imported inside the Hub's methods, when they are called.
     "lemma_fast.model": Rule(
-        (*NETWORK, "lemma_fast.ops.reference", "lemma_fast.checkpoint"),
+        (*NETWORK, "lemma_fast.ops", "lemma_fast.ops.reference", "lemma_fast.checkpoint"),
         ("torch", "huggingface_hub"),
     ),
     "lemma_fast.recognizers*": Rule(

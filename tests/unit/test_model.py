@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from lemma_fast import LEMMA, LemmaConfig
 from lemma_fast.ops import reference
@@ -163,3 +165,66 @@ def test_ablations_run_and_leave_no_parameter_idle(switches: dict[str, object]) 
 def test_unidirectional_has_as_many_layers_as_bidirectional() -> None:
     one_way = LEMMA(replace(ONE_BLOCK, alignment="unidirectional")).guidance
     assert (len(one_way.image_to_text), len(one_way.text_to_image)) == (0, 6)
+
+
+def recorded_dropout(model: LEMMA, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Probability of every dropout of one forward pass, attention's own included."""
+    seen: list[float] = []
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+
+    def spy(x, p=0.5, training=True, inplace=False):
+        seen.append(p if training else 0.0)
+        return dropout(x, p, training, inplace)
+
+    def spy_attention(*args, dropout_p=0.0, **options):
+        seen.append(dropout_p)
+        return attention(*args, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(F, "dropout", spy)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy_attention)
+    model(crops(1) if not model.training else crops(2))
+    return [p for p in seen if p > 0]
+
+
+def test_dropout_is_where_the_published_network_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = replace(ONE_BLOCK.prior, dropout=0.25)
+    model = LEMMA(replace(ONE_BLOCK, prior=prior))
+    seen = recorded_dropout(model.train(), monkeypatch)
+    # Positions of the image and the language model's memory; four places a layer.
+    assert seen.count(0.25) == 2 + 4 * (prior.encoder_layers + prior.language_layers)
+    # Positions of the map; four places a layer of the text encoder and of both alignments.
+    assert seen.count(0.1) == 1 + 4 * (2 + 3 + 3)
+    assert len(seen) == seen.count(0.25) + seen.count(0.1)
+
+
+def test_no_dropout_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        assert recorded_dropout(LEMMA(ONE_BLOCK).eval(), monkeypatch) == []
+
+
+def test_rectifier_stays_in_fp32() -> None:
+    rectifier = LEMMA(ONE_BLOCK).train().rectifier
+    assert rectifier is not None
+    with torch.no_grad():
+        # Away from the start, where the sampling grid hardly depends on the image.
+        rectifier.localization.points.weight.normal_(std=0.2)
+        lr = crops(4)
+        exact = rectifier(lr)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(rectifier(lr), exact, atol=1e-4, rtol=0)
+
+
+def test_frozen_batch_norms_stay_frozen_in_training() -> None:
+    model = LEMMA(ONE_BLOCK).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    before = {name: buffer.clone() for name, buffer in model.blocks.named_buffers()}
+    model(crops(2))
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.blocks.named_buffers())
+
+
+def test_batch_norms_that_the_fusion_cannot_compute_are_refused() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(LEMMA(ONE_BLOCK)).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="AdaFM takes nn.BatchNorm2d"):
+        model.blocks[0].fusion(torch.rand(1, 64, 16, 64), torch.rand(1, 64, 16, 64))

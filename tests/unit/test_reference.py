@@ -83,6 +83,17 @@ def test_location_enhance_is_softmax_times_instance_norm() -> None:
     torch.testing.assert_close(shared, spread)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_location_enhance_computes_half_precision_in_fp32(dtype: torch.dtype) -> None:
+    # An offset that half precision cannot resolve beside the spread: only fp32 statistics can.
+    logits, features = torch.randn(1, 2, 8, 8).to(dtype), (torch.randn(1, 2, 8, 8) + 60).to(dtype)
+    exact = reference.location_enhance(logits.double(), features.double())
+    got = reference.location_enhance(logits, features)
+    assert got.dtype == dtype
+    rounding = (exact.to(dtype).double() - exact).abs().max()
+    assert (got.double() - exact).abs().max() <= 2 * rounding
+
+
 def test_gather_region_keeps_the_order_of_index() -> None:
     features, weight, bias = torch.randn(1, 2, 3, 4), torch.randn(5, 2, 3, 3), torch.randn(5)
     positions = torch.randn(1, 12, 5)
