@@ -75,9 +75,9 @@ class Sizes(NamedTuple):
         }
 
 
-# The launch table: query rows and keys of a tile, by compiled resources. In fp16 and bf16 forward
-# spills nothing and backward up to 64 bytes a thread on sm_80; fp32 spills, most with three-fold
-# TF32 (backward a kilobyte). Not run on a GPU, not tuned.
+# The launch table: query rows and keys of a tile, by compiled resources. In bf16 forward spills
+# nothing; backward nothing on sm_90, up to 72 bytes a thread on sm_80 and sm_120. fp32 spills, most
+# with three-fold TF32 (backward a kilobyte). Not run on a GPU, not tuned.
 _BLOCK_L = _BLOCK_S = 16
 WARPS = 8
 # Text to image's dropout sites follow those of image to text, four a layer.
