@@ -286,7 +286,7 @@ def _bigru_backward(
             grad_features.stride(), C, H, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
         )  # fmt: skip
     # A power of two, so that few batch sizes need a compilation of their own.
-    walked = triton.next_power_of_2(triton.cdiv(tiles, _SHARES))
+    walked = triton.next_power_of_2(max(1, triton.cdiv(tiles, _SHARES)))
     programs = triton.cdiv(tiles, walked)
     shares = features.new_empty(2, programs, 3 * H * (C + H + 2), dtype=torch.float32)
     with torch.cuda.device_of(features):

@@ -148,6 +148,15 @@ def test_nan_stays_in_its_image():
     assert not grad[[0, 2]].isnan().any()
 
 
+def test_an_empty_batch_passes():
+    features = torch.randn(0, 16, 2, 3, device=DEVICE, requires_grad=True)
+    weights = parameters(16, 16)
+    out = fused.bigru(features, 3, weights)
+    assert out.shape == (0, 32, 2, 3)
+    for grad in torch.autograd.grad(out.sum(), weights):
+        assert not grad.any()
+
+
 def test_backward_twice_is_equal():
     features = torch.randn(3, 16, 7, 4, device=DEVICE, requires_grad=True)
     weights = parameters(16, 16)
