@@ -160,8 +160,12 @@ def norm_weights(norm: nn.Module) -> BatchNormWeights:
 
     Raises ValueError for what the operation would compute otherwise than the module.
     """
-    plain = type(norm) is nn.BatchNorm2d and (norm.eps, norm.momentum) == (1e-5, 0.1)
-    if not plain or norm.running_mean is None or norm.running_var is None:
+    if (
+        not isinstance(norm, nn.BatchNorm2d)
+        or (norm.eps, norm.momentum) != (1e-5, 0.1)
+        or norm.running_mean is None
+        or norm.running_var is None
+    ):
         raise ValueError(
             f"AdaFM takes nn.BatchNorm2d with eps 1e-5 and momentum 0.1 as its norms, not {norm}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -83,10 +84,13 @@ class LEMMA(
         token: str | bool | None,
         map_location: str = "cpu",
         strict: bool = True,
-        config: object = None,
+        **arguments: Any,
     ) -> LEMMA:
         """Load through the checkpoint module: always strict, with the config in the file."""
         from lemma_fast import checkpoint
+
+        if unknown := sorted(arguments.keys() - {"config"}):
+            raise TypeError(f"from_pretrained does not take {', '.join(unknown)}")
 
         path = checkpoint.locate(
             model_id,
