@@ -316,59 +316,61 @@ class PriorStage(StageModule):
         export.save_prior(self.network, path, provenance, self.settings.export)
 
 
-class TextFocusStage(StageModule):
+class ReaderStage(StageModule):
+    """A recogniser that is taught to read; the two below say which, and by what loss."""
+
+    network: TextFocus | CRNN
+
+    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
+        super().__init__(settings, total, per_epoch)
+        self.network = self._build(settings)
+        if fresh:
+            export.start(self.network, settings)
+
+    @abstractmethod
+    def _build(self, settings: Settings) -> TextFocus | CRNN:
+        """Return the network as its config has it."""
+
+    @abstractmethod
+    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of reading `images`."""
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self._loss(self._looked_at(batch, align_corners=False), batch)}
+
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        images = self._looked_at(batch, align_corners=False)
+        texts = [reading.text for reading in self.network.read(images)]
+        loss = self._loss(images, batch).expand(len(images))
+        return {"loss": loss, "accuracy": self._hits(texts, batch)}
+
+    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
+        export.save_recognizer(self.network, path, provenance, self.settings.export)
+
+
+class TextFocusStage(ReaderStage):
     """The loss recogniser, taught by teacher forcing."""
 
     network: TextFocus
 
-    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
-        super().__init__(settings, total, per_epoch)
-        self.network = TextFocus(settings.text_focus_config())
-        if fresh:
-            export.start(self.network, settings)
+    def _build(self, settings: Settings) -> TextFocus:
+        return TextFocus(settings.text_focus_config())
 
     def _loss(self, images: Tensor, batch: Batch) -> Tensor:
         logits = self.network(self.network.prepare(images), batch.focus.inputs).logits
         return text_focus_cross_entropy(logits.float(), batch.focus)
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self._loss(self._looked_at(batch, align_corners=False), batch)}
 
-    def scores(self, batch: Batch) -> dict[str, Tensor]:
-        images = self._looked_at(batch, align_corners=False)
-        texts = [reading.text for reading in self.network.read(images)]
-        loss = self._loss(images, batch).expand(len(images))
-        return {"loss": loss, "accuracy": self._hits(texts, batch)}
-
-    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
-        export.save_recognizer(self.network, path, provenance, self.settings.export)
-
-
-class CRNNStage(StageModule):
+class CRNNStage(ReaderStage):
     """The evaluator, by CTC."""
 
     network: CRNN
 
-    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
-        super().__init__(settings, total, per_epoch)
-        self.network = CRNN(settings.crnn_config())
-        if fresh:
-            export.start(self.network, settings)
+    def _build(self, settings: Settings) -> CRNN:
+        return CRNN(settings.crnn_config())
 
     def _loss(self, images: Tensor, batch: Batch) -> Tensor:
         return crnn_ctc_loss(self.network(self.network.prepare(images)), batch.ctc)
-
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self._loss(self._looked_at(batch, align_corners=False), batch)}
-
-    def scores(self, batch: Batch) -> dict[str, Tensor]:
-        images = self._looked_at(batch, align_corners=False)
-        texts = [reading.text for reading in self.network.read(images)]
-        loss = self._loss(images, batch).expand(len(images))
-        return {"loss": loss, "accuracy": self._hits(texts, batch)}
-
-    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
-        export.save_recognizer(self.network, path, provenance, self.settings.export)
 
 
 STAGES: Mapping[str, type[LemmaStage | PriorStage | TextFocusStage | CRNNStage]] = {
