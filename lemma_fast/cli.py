@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -19,7 +20,15 @@ app = typer.Typer(
 )
 
 
-class Form(str, Enum):
+class _Choice(str, Enum):
+    """One of a few words."""
+
+    def __str__(self) -> str:
+        """Give the word: older typers look up by it what a parser returned."""
+        return str(self.value)
+
+
+class Form(_Choice):
     """File formats of results."""
 
     png = "png"
@@ -27,19 +36,36 @@ class Form(str, Enum):
     webp = "webp"
 
 
-class ResultSize(str, Enum):
+class ResultSize(_Choice):
     """Sizes of results."""
 
     native = "native"
     x2 = "x2"
 
 
-class Dtype(str, Enum):
+class Dtype(_Choice):
     """Number formats of the network."""
 
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+def _choices(kind: type[Enum]) -> str:
+    return f"[{'|'.join(choice.value for choice in kind)}]"
+
+
+def _one_of(kind: type[Enum]) -> Callable[[str], Enum]:
+    """Make the parser of an option; typer's own words for a wrong choice are not for users."""
+
+    def parse(text: str) -> Enum:
+        try:
+            return kind(text)
+        except ValueError:
+            known = ", ".join(choice.value for choice in kind)
+            raise typer.BadParameter(f"{text!r} is not one of {known}") from None
+
+    return parse
 
 
 def _version(wanted: bool) -> None:
@@ -72,7 +98,7 @@ Examples:
 
   lemma-fast upscale - -o - < word.png | tesseract - - --psm 8
 
-Exit codes: 0 all is well, 1 some inputs failed, 2 nothing could be done.
+Exit codes: 0 all is well, 1 some inputs failed, 2 bad option, no such input or no weights.
 """
 
 
@@ -106,6 +132,8 @@ def upscale(
             "--format",
             help="Format of results, png by default; webp is lossless, jpg has no transparency.",
             show_default=False,
+            parser=_one_of(Form),
+            metavar=_choices(Form),
             rich_help_panel="Results",
         ),
     ] = None,
@@ -113,6 +141,8 @@ def upscale(
         ResultSize,
         typer.Option(
             help="native: 128x32, what recognisers take. x2: twice the input's width and height.",
+            parser=_one_of(ResultSize),
+            metavar=_choices(ResultSize),
             rich_help_panel="Results",
         ),
     ] = ResultSize.native,
@@ -166,7 +196,10 @@ def upscale(
     dtype: Annotated[
         Dtype,
         typer.Option(
-            help="auto is float32, the numbers of the reference.", rich_help_panel="Network"
+            help="auto is float32; on CUDA with PyTorch's TF32 setting.",
+            parser=_one_of(Dtype),
+            metavar=_choices(Dtype),
+            rich_help_panel="Network",
         ),
     ] = Dtype.auto,
     batch_size: Annotated[
@@ -306,7 +339,10 @@ def _training(context: typer.Context, name: str) -> None:
         )
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
-        _fail(f"{name} needs {missing}, which is not installed: pip install 'lemma-fast[train]'")
+        if missing.split(".")[0] == "lemma_fast":
+            _fail(f"{name} needs {missing}, which this installation of lemma-fast lacks")
+        extras = "train,eval" if name == "evaluate" else "train"
+        _fail(f"{name} needs {missing}, which is not installed: pip install 'lemma-fast[{extras}]'")
     raise typer.Exit(code if isinstance(code, int) else 0)
 
 

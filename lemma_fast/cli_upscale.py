@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -10,11 +12,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 import typer
 from rich.console import Console
@@ -22,10 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from lemma_fast import images
 from lemma_fast.images import Format, Size, image_suffixes, write_atomically
-from lemma_fast.inputs import STDIN, Inputs, Naming
-
-if TYPE_CHECKING:
-    from lemma_fast.stream import Outcome
+from lemma_fast.inputs import STDIN, Inputs, Naming, Outcome
 
 _ENDINGS: dict[str, Format] = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 # Of a whole folder that is skipped or kept, so many names are enough; the rest is counted.
@@ -62,15 +61,18 @@ def upscale(request: Request) -> int:
     if not request.verbose:
         # Pillow's remarks on odd but readable files.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-    # Torch takes a second: what is asked wrongly is said before.
+    # Torch takes a second, and a network more: what is asked wrongly is said before.
+    if all(source.absence() is not None for source in inputs):
+        return _nothing(request, inputs, report)
     from lemma_fast.checkpoint import CheckpointError
     from lemma_fast.stream import Stream
     from lemma_fast.upscale import Upscaler
 
     try:
-        upscaler = Upscaler(
-            request.model, request.device, request.dtype, request.batch_size, request.size
-        )
+        with _asking_the_hub(request.model, report):
+            upscaler = Upscaler(
+                request.model, request.device, request.dtype, request.batch_size, request.size
+            )
     except CheckpointError as error:
         report.say(f"error: {error}")
         return 2
@@ -98,7 +100,45 @@ def upscale(request: Request) -> int:
         except (KeyboardInterrupt, SystemExit):
             report.say("interrupted: results that were written are whole, the same call goes on")
             raise
+        except _Unreported as error:
+            report.say(f"error: {error}; stopped, results that were written are whole")
+            return 1
     return report.close(inputs, request)
+
+
+def _nothing(request: Request, inputs: Inputs, report: Report) -> int:
+    """Report inputs of which none is there."""
+    try:
+        with _lines(request, inputs) as report.jsonl:
+            for source in inputs:
+                outcome = Outcome(source)
+                outcome.fail(source.absence() or "not there when it was looked for")
+                report.add(outcome)
+    except _Unreported as error:
+        report.say(f"error: {error}")
+    report.close(inputs, request)
+    return 2
+
+
+@contextmanager
+def _asking_the_hub(model: str, report: Report) -> Iterator[None]:
+    """Say so where weights may come from afar, and hide the retries, a dozen lines of them."""
+    path = Path(model)
+    local = path.suffix in (".safetensors", ".pth", ".pt") or path.is_absolute() or path.exists()
+    if local or model.count("/") != 1:
+        yield
+        return
+    if not report.quiet:
+        report.say(f"{model} is not a local file; asking the Hugging Face Hub")
+    from huggingface_hub.utils import logging as hub
+
+    before = hub.get_verbosity()
+    if not report.verbose:
+        hub.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.set_verbosity(before)
 
 
 def _check(request: Request) -> None:
@@ -108,7 +148,7 @@ def _check(request: Request) -> None:
         raise typer.BadParameter(f"--suffix {request.suffix!r} is not part of a file name")
     to_stdout = request.output == STDIN
     if to_stdout:
-        if len(request.paths) != 1 or Path(request.paths[0]).is_dir():
+        if len(request.paths) != 1 or os.path.isdir(request.paths[0]):
             raise typer.BadParameter("-o - takes exactly one image")
         if request.jsonl == STDIN:
             raise typer.BadParameter("-o - and --jsonl - both want standard output")
@@ -144,7 +184,7 @@ def _as_file(request: Request, output: Path | None) -> Path | None:
         if ending in image_suffixes():
             raise typer.BadParameter(f"-o {output}: results are written as .png, .jpg or .webp")
         return None
-    if len(request.paths) != 1 or Path(request.paths[0]).is_dir():
+    if len(request.paths) != 1 or os.path.isdir(request.paths[0]):
         raise typer.BadParameter(f"-o {output} names one file: give one image, or -o a folder")
     if not output.parent.is_dir():
         raise typer.BadParameter(f"-o {output}: there is no folder {output.parent}")
@@ -152,6 +192,11 @@ def _as_file(request: Request, output: Path | None) -> Path | None:
 
 
 def _make_folder(folder: Path) -> None:
+    if os.path.isfile(folder):
+        raise typer.BadParameter(
+            f"-o {folder} is a file, neither a folder nor the name of an image "
+            f"({', '.join(_ENDINGS)})"
+        )
     probe = folder / f".lemma-fast-{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +224,16 @@ def _lines(request: Request, inputs: Inputs) -> Iterator[TextIO | None]:
             raise typer.BadParameter(f"cannot write --jsonl {path}: {reason}") from None
         with file:
             yield file
+
+
+class _Unreported(Exception):
+    """What --jsonl names takes no more lines; the message is one sentence that says why."""
+
+
+def _discard(file: TextIO) -> None:
+    """Let go of what a file did not take, or closing it fails on the same once more."""
+    with suppress(OSError, io.UnsupportedOperation), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
 
 
 @contextmanager
@@ -238,12 +293,22 @@ class Report:
         name = "standard input" if outcome.source.data is not None else str(outcome.source.path)
         self.counts[outcome.status] += 1
         if self.jsonl is not None:
-            self.jsonl.write(json.dumps(as_json(outcome)) + "\n")
-            self.jsonl.flush()
+            self._write_line(self.jsonl, as_json(outcome))
         if outcome.status == "error":
             self.say(f"error: {name}: {outcome.reason}")
         elif not self.quiet:
             self._describe(name, outcome)
+
+    def _write_line(self, file: TextIO, content: dict[str, object]) -> None:
+        try:
+            file.write(json.dumps(content) + "\n")
+            file.flush()
+        except BrokenPipeError:
+            # Whoever read has enough: typer ends the run as every filter ends then.
+            raise
+        except OSError as error:
+            _discard(file)
+            raise _Unreported(f"cannot write --jsonl: {images.reason(error)}") from None
 
     def _describe(self, name: str, outcome: Outcome) -> None:
         for note in outcome.notes:
@@ -261,11 +326,10 @@ class Report:
 
     def close(self, inputs: Inputs, request: Request) -> int:
         """Print the summary; returns the exit code."""
-        failed = self.counts["error"] > 0
-        for folder in inputs.empty:
-            failed = True
-            hint = "" if request.recursive else " (sub-folders are read with --recursive)"
-            self.say(f"error: {folder}: no images in this folder{hint}")
+        for name in inputs.not_images:
+            self.detail(f"left out: {name}: no image, by its ending")
+        for name in inputs.earlier:
+            self.detail(f"left out: {name}: an earlier result")
         if not self.quiet:
             if self.counts["kept"]:
                 self.say(
@@ -273,7 +337,7 @@ class Report:
                     "--keep-above 0 upscales them too."
                 )
             self.say(self._summary(inputs, request.output))
-        return int(failed)
+        return int(self.counts["error"] > 0)
 
     def _summary(self, inputs: Inputs, output: str | None) -> str:
         counts = self.counts
@@ -282,9 +346,9 @@ class Report:
         if counts["error"]:
             parts.append(f"{counts['error']} failed")
         if inputs.earlier:
-            parts.append(f"{_number(inputs.earlier, 'earlier result')} left out")
+            parts.append(f"{_number(len(inputs.earlier), 'earlier result')} left out")
         if inputs.not_images:
-            parts.append(f"{_number(inputs.not_images, 'other file')} left out")
+            parts.append(f"{_number(len(inputs.not_images), 'other file')} left out")
         text = f"{', '.join(parts)}, in {time.perf_counter() - self.began:.1f} s"
         if counts["ok"] + counts["kept"]:
             where = {None: "beside the inputs", STDIN: "to standard output"}

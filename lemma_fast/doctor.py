@@ -23,7 +23,7 @@ def lines() -> Iterator[tuple[str, str, bool]]:
     yield "CPU", f"{torch.get_num_threads()} threads", True
     yield from _devices()
     yield "device auto", _device_choice(), True
-    yield "dtype auto", "float32: the numbers of the reference; bfloat16 only when asked for", True
+    yield "dtype auto", "float32, on CUDA with PyTorch's TF32 setting; bfloat16 if asked for", True
     yield "backend auto", "reference (plain PyTorch): the only backend of this version", True
     yield from _weights()
 

@@ -8,8 +8,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from lemma_fast.images import Format, image_suffixes
+from lemma_fast.images import Format, image_suffixes, reason
+
+Status = Literal["ok", "kept", "skipped", "error"]
 
 STDIN = "-"
 COMPARE = "_compare"
@@ -20,11 +23,13 @@ class Source:
     """One input: a file, or the bytes read from standard input (`path` is "-" then).
 
     `below` is the folder it lies in, seen from the folder that was given on the command line.
+    `fault` says why a path stands for no file at all: a pattern or a folder without any.
     """
 
     path: Path
     below: Path = Path()
     data: bytes | None = None
+    fault: str | None = None
 
     @property
     def stem(self) -> str:
@@ -36,13 +41,47 @@ class Source:
         """What the decoder reads."""
         return self.path if self.data is None else self.data
 
+    def absence(self) -> str | None:
+        """Say why there is nothing to read, None where something is there."""
+        if self.fault is None and self.data is None:
+            try:
+                os.stat(self.path)
+            except OSError as error:
+                return reason(error)
+        return self.fault
+
+
+@dataclass
+class Outcome:
+    """What became of one input. `output` is None where nothing was written to a file."""
+
+    source: Source
+    status: Status = "ok"
+    reason: str | None = None
+    output: Path | None = None
+    compare: Path | None = None
+    input_size: tuple[int, int] | None = None
+    output_size: tuple[int, int] | None = None
+    milliseconds: float = 0.0
+    text: str | None = None
+    length: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def fail(self, reason: str) -> None:
+        """Record that this input has no result."""
+        self.status, self.reason, self.output, self.compare = "error", reason, None, None
+
+    def skip(self, reason: str) -> None:
+        """Record that nothing was to be done."""
+        self.status, self.reason = "skipped", reason
+
 
 @dataclass
 class Inputs:
     """Finds the files that paths, folders and glob patterns name, in a fixed order.
 
     Folders give their image files, by ending, and are read one at a time. Left out there, and
-    counted: files without an image's ending (`not_images`), and results of an earlier run
+    named: files without an image's ending (`not_images`), and results of an earlier run
     (`earlier`: `word_x2.png` where `word.*` is beside it), so that a second run over a folder does
     not enlarge its own results. A file that is named is always taken. `stdin` is the image that
     the path "-" stands for; it comes first.
@@ -53,28 +92,29 @@ class Inputs:
     recursive: bool = False
     output: Path | None = None
     stdin: bytes | None = None
-    not_images: int = field(default=0, init=False)
-    earlier: int = field(default=0, init=False)
-    empty: list[str] = field(default_factory=list, init=False)
+    not_images: list[str] = field(default_factory=list, init=False)
+    earlier: list[str] = field(default_factory=list, init=False)
     _stems_seen: dict[Path, set[str]] = field(default_factory=dict, init=False)
 
     def __iter__(self) -> Iterator[Source]:
         """Yield each input; one that does not exist is yielded too, to be reported like others."""
-        self.not_images = self.earlier = 0
-        self.empty = []
+        self.not_images, self.earlier = [], []
         if self.stdin is not None:
             yield Source(Path(STDIN), data=self.stdin)
         for path in self._expanded():
-            if path.is_dir():
+            # Unlike Path.is_dir, this takes a path that may not be looked at for no folder.
+            if os.path.isdir(path):
                 sources = self._folder(path, path)
-                first = next(sources, None)
-                if first is None:
-                    self.empty.append(str(path))
-                else:
-                    yield first
-                    yield from sources
+                yield next(sources, None) or Source(path, fault=self._no_images())
+                yield from sources
+            elif glob.has_magic(str(path)) and not os.path.lexists(path):
+                yield Source(path, fault="no file matches")
             else:
                 yield Source(path)
+
+    def _no_images(self) -> str:
+        hint = "" if self.recursive else " (sub-folders are read with --recursive)"
+        return f"no images in this folder{hint}"
 
     def _expanded(self) -> Iterator[Path]:
         for text in self.paths:
@@ -91,9 +131,8 @@ class Inputs:
         try:
             with os.scandir(folder) as entries:
                 listed = sorted((entry.name, entry.is_dir()) for entry in entries)
-        except OSError:
-            # The decoder's message tells why it cannot be read.
-            yield Source(folder)
+        except OSError as error:
+            yield Source(folder, fault=reason(error))
             return
         files = [name for name, is_folder in listed if not is_folder]
         folders = [name for name, is_folder in listed if is_folder]
@@ -101,9 +140,10 @@ class Inputs:
         below = folder.relative_to(top)
         for name in files:
             if not _looks_like_image(name):
-                self.not_images += not name.startswith(".")
+                if not name.startswith("."):
+                    self.not_images.append(os.path.join(folder, name))
             elif self._is_earlier(name, stems):
-                self.earlier += 1
+                self.earlier.append(os.path.join(folder, name))
             else:
                 yield Source(folder / name, below)
         for name in folders if self.recursive else ():
@@ -139,8 +179,8 @@ class Inputs:
     def _given(self) -> tuple[set[str], list[Path]]:
         """The named files, and the named folders, with links resolved."""
         paths = list(self._expanded())
-        folders = [path for path in paths if path.is_dir()]
-        named = [path for path in paths if not path.is_dir()]
+        folders = [path for path in paths if os.path.isdir(path)]
+        named = [path for path in paths if not os.path.isdir(path)]
         files = {real(path) for path in named} | {os.path.realpath(path) for path in named}
         return files, [Path(os.path.realpath(folder)) for folder in folders]
 

@@ -16,9 +16,8 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,38 +25,11 @@ from PIL import Image
 
 from lemma_fast import compare, images
 from lemma_fast.images import Frame, ImageError, Size
-from lemma_fast.inputs import Inputs, Naming, Source, real
+from lemma_fast.inputs import Inputs, Naming, Outcome, Source, real
 from lemma_fast.upscale import Inferred, Upscaler
-
-Status = Literal["ok", "kept", "skipped", "error"]
 
 _WORKERS = min(8, (os.cpu_count() or 1) + 1)
 _ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
-
-
-@dataclass
-class Outcome:
-    """What became of one input. `output` is None where nothing was written to a file."""
-
-    source: Source
-    status: Status = "ok"
-    reason: str | None = None
-    output: Path | None = None
-    compare: Path | None = None
-    input_size: tuple[int, int] | None = None
-    output_size: tuple[int, int] | None = None
-    milliseconds: float = 0.0
-    text: str | None = None
-    length: int | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def fail(self, reason: str) -> None:
-        """Record that this input has no result."""
-        self.status, self.reason, self.output, self.compare = "error", reason, None, None
-
-    def skip(self, reason: str) -> None:
-        """Record that nothing was to be done."""
-        self.status, self.reason = "skipped", reason
 
 
 @dataclass
@@ -127,6 +99,9 @@ class Stream:
         began = time.perf_counter()
         outcome = Outcome(source)
         item = _Item(outcome)
+        if source.fault is not None:
+            outcome.fail(source.fault)
+            return item
         try:
             with images.opened(source.content) as image:
                 outcome.input_size = images.upright_size(image)

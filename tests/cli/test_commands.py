@@ -33,6 +33,7 @@ def test_help_of_upscale_has_examples(run):
     text = run("upscale", "--help").out.decode()
     assert "lemma-fast upscale crops/ -r -o out/" in text
     assert "Exit codes" in text
+    assert "TF32" in text
 
 
 def test_help_imports_neither_training_nor_the_upscaler():
@@ -104,6 +105,7 @@ def test_doctor_tells_versions_devices_and_choices(run):
     for subject in ("python", "lemma-fast", "pillow", "triton", "extension", "CUDA"):
         assert found.get(subject) or subject == "CUDA"
     assert "reference" in found["backend auto"]
+    assert "TF32" in found["dtype auto"]
     assert found["device auto"].startswith("cuda" if torch.cuda.is_available() else "cpu")
     assert "weights" in text
 
@@ -137,6 +139,8 @@ def training(monkeypatch):
 
     @app.command()
     def evaluate(code: int):
+        if code == 99:
+            import lemma_fast_missing_package  # noqa: F401
         raise typer.Exit(code)
 
     @data.command()
@@ -176,13 +180,18 @@ def test_a_missing_extra_is_one_sentence(run):
         "error: data needs lemma_fast_missing_package, which is not installed: "
         "pip install 'lemma-fast[train]'"
     )
+    assert "pip install 'lemma-fast[train,eval]'" in run("evaluate", "99").err
 
 
-def test_training_that_does_not_import_is_one_sentence(run, monkeypatch):
+def test_a_missing_module_of_ours_is_no_missing_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lemma_fast.training.cli", None)
-    ran = run("train")
-    assert ran.code == 2
-    assert "pip install 'lemma-fast[train]'" in ran.err
+    for name in ("train", "evaluate", "data"):
+        ran = run(name)
+        assert ran.code == 2
+        assert ran.err == (
+            f"error: {name} needs lemma_fast.training.cli, "
+            "which this installation of lemma-fast lacks"
+        )
 
 
 def test_entry_point_is_the_app(monkeypatch, capsys):

@@ -1,6 +1,8 @@
 import io
+import logging
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -105,9 +107,45 @@ def test_output_inside_the_input_folder_is_no_input(run, crop, tmp_path, names):
 
 def test_empty_folder_is_an_error_with_a_hint(run, crop, tmp_path):
     crop("in/sub/a.png")
-    ran = run("upscale", tmp_path / "in")
+    ran = run("upscale", tmp_path / "in", crop("b.png"), "--jsonl", "-")
     assert ran.code == 1
-    assert "no images in this folder (sub-folders are read with --recursive)" in ran.err
+    assert "in: no images in this folder (sub-folders are read with --recursive)" in ran.err
+    assert "1 upscaled, 1 failed" in ran.err
+    assert [line["status"] for line in ran.lines] == ["error", "ok"]
+    assert "no images" in ran.lines[0]["error"]
+
+
+def test_where_no_input_is_there_no_network_is_loaded(run, tmp_path, monkeypatch):
+    def refuse(name, device):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("lemma_fast.upscale.load", refuse)
+    (tmp_path / "empty").mkdir()
+    ran = run(
+        "upscale", *(tmp_path / name for name in ("a.png", "z*.png", "empty")), "--jsonl", "-"
+    )
+    assert ran.code == 2
+    assert [line["error"].split(" (")[0] for line in ran.lines] == [
+        "no such file or directory", "no file matches", "no images in this folder",
+    ]  # fmt: skip
+    assert "0 upscaled, 3 failed" in ran.err
+
+
+def test_a_folder_that_may_not_be_read_says_so(run, crop, tmp_path, monkeypatch):
+    listed = os.scandir
+
+    def forbidding(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listed(folder)
+
+    crop("in/closed/a.png")
+    crop("in/b.png")
+    monkeypatch.setattr(os, "scandir", forbidding)
+    ran = run("upscale", tmp_path / "in", "-r", "--jsonl", "-")
+    assert ran.code == 1
+    assert [line["error"] for line in ran.lines] == [None, "permission denied"]
+    assert f"error: {tmp_path / 'in' / 'closed'}: permission denied" in ran.err
 
 
 def test_globs_are_expanded_and_real_names_go_before(run, crop, tmp_path, names):
@@ -115,9 +153,9 @@ def test_globs_are_expanded_and_real_names_go_before(run, crop, tmp_path, names)
         crop(name)
     run("upscale", tmp_path / "a*.png", tmp_path / "c[1].png", "-o", tmp_path / "out")
     assert names(tmp_path / "out") == ["a1_x2.png", "a2_x2.png", "c[1]_x2.png"]
-    ran = run("upscale", tmp_path / "z*.png")
+    ran = run("upscale", tmp_path / "z*.png", tmp_path / "b.png")
     assert ran.code == 1
-    assert "z*.png: no such file" in ran.err
+    assert "z*.png: no file matches" in ran.err
 
 
 def test_existing_results_are_skipped_unless_asked(run, crop, tmp_path):
@@ -339,6 +377,15 @@ def test_kept_images_pass_through_standard_output(run, crop):
     assert run("upscale", "-", "-o", "-", stdin=tall).out == tall
 
 
+def test_output_that_is_some_other_file_is_called_that(run, crop, tmp_path):
+    file = tmp_path / "small.safetensors"
+    file.write_bytes(b"mine")
+    ran = run("upscale", crop("word.png"), "-o", file)
+    assert ran.code == 2
+    assert "is a file, neither a folder nor the name of an image" in ran.err
+    assert file.read_bytes() == b"mine"
+
+
 def test_output_may_name_one_file(run, crop, tmp_path, names):
     path = crop("word.png")
     assert run("upscale", path, "-o", tmp_path / "out.webp").code == 0
@@ -440,6 +487,18 @@ def test_verbose_names_every_file(run, crop, tmp_path):
     assert "device='cpu'" in ran.err
 
 
+def test_verbose_names_what_a_folder_leaves_out(run, crop, tmp_path):
+    crop("in/a.png")
+    crop("in/a_x2.png")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    ran = run("upscale", tmp_path / "in", "-o", tmp_path / "out", "-v")
+    assert f"left out: {tmp_path / 'in' / 'notes.txt'}: no image" in ran.err
+    assert f"left out: {tmp_path / 'in' / 'a_x2.png'}: an earlier result" in ran.err
+    ran = run("upscale", tmp_path / "in", "-o", tmp_path / "out")
+    assert "notes.txt" not in ran.err
+    assert "1 other file left out" in ran.err
+
+
 def test_many_skipped_files_are_counted_not_listed(run, crop, tmp_path):
     for i in range(30):
         crop(f"in/{i:02}.png", 8, 8)
@@ -455,9 +514,9 @@ def test_many_skipped_files_are_counted_not_listed(run, crop, tmp_path):
     [
         ([], "Missing argument"),
         (["{crop}", "--batch-size", "0"], "batch-size"),
-        (["{crop}", "--format", "gif"], "gif"),
-        (["{crop}", "--size", "x4"], "x4"),
-        (["{crop}", "--dtype", "int8"], "int8"),
+        (["{crop}", "--format", "gif"], "'--format': 'gif' is not one of png, jpg, webp"),
+        (["{crop}", "--size", "x4"], "'--size': 'x4' is not one of native, x2"),
+        (["{crop}", "--dtype", "int8"], "'--dtype': 'int8' is not one of auto, float32, bfloat16"),
         (["{crop}", "--device", "gpu"], "not a name"),
         (["{crop}", "--device", "cuda:99"], "not there"),
         (["{crop}", "--suffix", "a/b"], "not part of a file name"),
@@ -502,6 +561,31 @@ def test_a_checkpoint_that_does_not_load_is_one_sentence(run, crop, monkeypatch)
     assert ran.err == "error: no weights named 'small': get some"
 
 
+def test_asking_the_hub_is_said_and_its_retries_are_not(run, crop, tmp_path, monkeypatch):
+    from huggingface_hub.utils import logging as hub
+
+    heard = []
+
+    def refuse(name, device):
+        heard.append(hub.get_logger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING))
+        raise CheckpointError("refused")
+
+    monkeypatch.setattr("lemma_fast.upscale.load", refuse)
+    monkeypatch.chdir(tmp_path)
+    before = hub.get_verbosity()
+    said = "some/one is not a local file; asking the Hugging Face Hub"
+    path = crop("word.png")
+    assert run("upscale", path, "--model", "some/one").err == f"{said} error: refused"
+    assert hub.get_verbosity() == before
+    assert run("upscale", path, "--model", "some/one", "-q").err == "error: refused"
+    assert said in run("upscale", path, "--model", "some/one", "-v").err
+    assert heard == [False, False, True]
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "one").mkdir()
+    for model in ("some/one", "some/one.pth", "small"):
+        assert run("upscale", path, "--model", model).err == "error: refused", model
+
+
 def test_a_full_disk_is_reported_and_leaves_nothing(run, crop, tmp_path, monkeypatch, names):
     def full(source, target):
         raise OSError(28, "No space left on device")
@@ -512,6 +596,23 @@ def test_a_full_disk_is_reported_and_leaves_nothing(run, crop, tmp_path, monkeyp
     assert ran.code == 1
     assert f"cannot write {tmp_path / 'word_x2.png'}: no space left on device" in ran.err
     assert names() == ["word.png"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_lines_that_cannot_be_written_end_the_run_in_one_sentence(run, crop, names, monkeypatch):
+    # Standard output is replaced: what it cannot take would fail again as it is closed.
+    with open("/dev/full", "w") as full:
+        for jsonl in ("-", "/dev/full"):
+            path = crop(f"{len(jsonl)}.png")
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stdout", full)
+                ran = run("upscale", path, "--jsonl", jsonl)
+            assert ran.code == 1
+            assert ran.err == (
+                "error: cannot write --jsonl: no space left on device; "
+                "stopped, results that were written are whole"
+            )
+    assert names() == ["1.png", "1_x2.png", "9.png", "9_x2.png"]
 
 
 @pytest.mark.parametrize(
