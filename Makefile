@@ -46,7 +46,7 @@ bench: $(VENV)/.tools  ## time the operations and the model
 	    -o python_files='bench_*.py' -o python_functions='bench_*'
 
 fonts:  ## install the Debian fonts and the word list that synthetic crops are drawn from
-	.ci/apt-install training/fonts/train.txt training/fonts/test.txt training/apt-packages.txt
+	.ci/apt-install training/fonts/train.txt training/fonts/test.txt .ci/synthesis-packages.txt
 
 system-deps:  ## install Tesseract and a few fonts for the tests, where that is possible
 	@.ci/apt-install tests/apt-packages.txt || echo "The tests that need these are skipped."

@@ -61,9 +61,9 @@ class Upscaler:
 
     `model` is what `lemma_fast.load` takes, or a LEMMA; one that is in training mode or on another
     device than asked for is copied, not changed. `device` "auto" is the first CUDA device where
-    there is one, else the CPU; for a LEMMA, the device it is on. `dtype` "auto" is float32, the
-    numbers of the reference; bfloat16 is autocast and only used when asked for. `batch_size` None
-    is 32 on the CPU and 256 elsewhere.
+    there is one, else the CPU; for a LEMMA, the device it is on. `dtype` "auto" is float32,
+    on CUDA with PyTorch's TF32 setting; bfloat16 is autocast and only used when asked for.
+    `batch_size` None is 32 on the CPU and 256 elsewhere.
 
     Every crop goes through the network at 16x64. `size` "native" returns its 32x128, which is what
     recognisers take; "x2" twice the crop's own width and height. One object may serve many threads.
