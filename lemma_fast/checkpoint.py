@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lemma_fast.atomic import replacing
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.published import extra_tables, infer_config, name_map, published_name
@@ -256,16 +256,26 @@ def locate(source: str | Path, **hub_options: Any) -> Path:
     name = str(source)
     if name in packaged():
         return packaged()[name]
-    if path.suffix in (".safetensors", ".pth", ".pt") or path.is_absolute():
-        raise CheckpointError(f"{path}: no such file")
-    if name.count("/") == 1:
+    if is_hub_id(name):
         return _download(name, hub_options)
+    if _is_file_name(path):
+        raise CheckpointError(f"{path}: no such file")
     if not packaged():
         raise CheckpointError(
             f"no weights named {name!r}: this version packages none; pass a file (a published "
             "LEMMA .pth, or a .safetensors that `lemma-fast convert` made) or a Hugging Face id"
         )
     raise CheckpointError(f"no weights named {name!r}: packaged are {', '.join(packaged())}")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `locate` asks the Hub for `source`: "owner/name", and nothing local is called so."""
+    path = Path(source)
+    return source.count("/") == 1 and not _is_file_name(path) and not path.exists()
+
+
+def _is_file_name(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".pth", ".pt") or path.is_absolute()
 
 
 def _download(name: str, options: Mapping[str, Any]) -> Path:
@@ -315,14 +325,11 @@ def _complete(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` at the end and is removed on failure."""
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no folder {path.parent}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield partial
-        partial.replace(path)
+        with replacing(path) as partial:
+            yield partial
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_digest(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

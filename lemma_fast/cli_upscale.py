@@ -123,9 +123,9 @@ def _nothing(request: Request, inputs: Inputs, report: Report) -> int:
 @contextmanager
 def _asking_the_hub(model: str, report: Report) -> Iterator[None]:
     """Say so where weights may come from afar, and hide the retries, a dozen lines of them."""
-    path = Path(model)
-    local = path.suffix in (".safetensors", ".pth", ".pt") or path.is_absolute() or path.exists()
-    if local or model.count("/") != 1:
+    from lemma_fast.checkpoint import is_hub_id
+
+    if not is_hub_id(model):
         yield
         return
     if not report.quiet:

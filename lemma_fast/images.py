@@ -6,7 +6,6 @@ import contextlib
 import functools
 import io
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lemma_fast.atomic import replacing
 
 Size = Literal["native", "x2"]
 Format = Literal["png", "jpg", "webp"]
@@ -292,15 +293,8 @@ def written(path: Path) -> Iterator[BinaryIO]:
     Raises OSError; whatever ends the block early leaves nothing behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: the final one plus an ending could be longer than a file system takes.
-    temporary = path.parent / f".lemma-fast-{secrets.token_hex(8)}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as partial, partial.open("xb") as file:
+        yield file
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from lemma_fast import checkpoint
+from lemma_fast.atomic import replacing
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.recognizer import TextPrior
@@ -115,6 +115,5 @@ def load_prior(network: LEMMA, paths: Sequence[Path]) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a text file, all or nothing."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

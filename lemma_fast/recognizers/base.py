@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from lemma_fast.atomic import replacing
 
 Config = TypeVar("Config")
 
@@ -107,14 +108,9 @@ def config_from_json(kind: type[Config], text: str) -> Config:
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write the model's tensors and `metadata` as safetensors, all or nothing."""
-    path = Path(path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(Path(path)) as partial:
         save_file(tensors, partial, metadata=dict(metadata))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def config_to_json(config: Any) -> str:

@@ -37,6 +37,7 @@ CORE = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub")
 # What is built on the model and the commands are built on.
 PUBLIC = (
     "lemma_fast",
+    "lemma_fast.atomic",
     "lemma_fast.config",
     "lemma_fast.model",
     "lemma_fast.recognizer",
@@ -88,6 +89,7 @@ RULES = {
         (WEIGHTS, "lemma_fast.kernels.sparse_cross_attention_*"), ("torch", "triton")
     ),
     "lemma_fast.kernels.*": Rule((WEIGHTS,), ("torch", "triton")),
+    "lemma_fast.atomic": Rule(),
     "lemma_fast.config": Rule(),
     **{name: Rule((*NETWORK, "lemma_fast.ops", WEIGHTS), ("torch",)) for name in NETWORK[1:]},
     # The checkpoint module is imported inside the Hub's methods, when they are called.
@@ -96,12 +98,12 @@ RULES = {
         ("torch", "huggingface_hub"),
     ),
     "lemma_fast.recognizers*": Rule(
-        (*NETWORK, "lemma_fast.published", "lemma_fast.recognizers*"), CORE
+        (*NETWORK, "lemma_fast.atomic", "lemma_fast.published", "lemma_fast.recognizers*"), CORE
     ),
     "lemma_fast.published": Rule(NETWORK, ("torch",)),
     "lemma_fast.checkpoint": Rule((*PUBLIC, "lemma_fast.published"), CORE),
     "lemma_fast.accelerate": Rule((*PUBLIC, *NETWORK, WEIGHTS), ("torch",)),
-    "lemma_fast.images": Rule((), CORE),
+    "lemma_fast.images": Rule(("lemma_fast.atomic",), CORE),
     **{
         f"lemma_fast.{name}": Rule(PUBLIC, CORE)
         for name in ("inputs", "compare", "stream", "upscale")
