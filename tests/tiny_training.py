@@ -5,6 +5,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from lemma_fast.training.lmdb_io import PairWriter, encode_png
+from lemma_fast.training.settings import Settings, choose
 
 WORDS = ("see", "dark", "Plan", "GEYSER", "r2d2", "don't", "saturday", "AA")
 _PRIOR = {
@@ -83,3 +84,25 @@ def write_config(folder, **changes):
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+def write_baselines(folder):
+    """Stages of networks of Table 3, added to those of `write_config`."""
+    write_config(folder)
+    settings = {"loss": {"weights": {"text_focus": 0}}, "run": {"steps": 4, "ema": 0.9}}
+    sizes = {
+        "srcnn": {"channels": 8, "in_channels": 3},
+        "srresnet": {"channels": 8, "blocks": 1},
+        "tsrn": {"channels": 8, "blocks": 1, "rectification": False},
+    }
+    stages = {name: {"baseline": size, **settings} for name, size in sizes.items()}
+    stages["tsrn"] = {**stages["tsrn"], "loss": {**settings["loss"], "gradient_profile": 1e-4}}
+    path = folder / "baselines.yaml"
+    path.write_text(yaml.safe_dump({"base": "tiny.yaml", "stages": stages}))
+    return path
+
+
+def stage_of(config, name, *overrides) -> Settings:
+    """The settings of one stage."""
+    (chosen,) = choose(config, name, overrides)
+    return chosen

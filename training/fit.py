@@ -37,9 +37,9 @@ from lemma_fast.training.batches import (
 from lemma_fast.training.curves import CurveLogger, leads
 from lemma_fast.training.export import replace_file
 from lemma_fast.training.keeper import LAST, Keeper
-from lemma_fast.training.module import STAGES
 from lemma_fast.training.provenance import provenance
 from lemma_fast.training.settings import Settings
+from lemma_fast.training.stages import STAGES
 from lemma_fast.training.typed import SettingsError
 
 RESULT = "result.json"
@@ -261,8 +261,12 @@ def _compare(old: Mapping[str, Any], settings: Settings) -> None:
 
 def _changes(old: Mapping[str, Any], settings: Settings) -> list[str]:
     # JSON has no tuples
-    new = json.loads(json.dumps(dataclasses.asdict(settings)))
-    before, after = dict(_flat(old)), dict(_flat(new))
+    new, defaults = (
+        json.loads(json.dumps(dataclasses.asdict(values)))
+        for values in (settings, Settings(settings.stage))
+    )
+    # A run of an earlier version says nothing of the words that have come since.
+    before, after = {**dict(_flat(defaults)), **dict(_flat(old))}, dict(_flat(new))
     return [
         f"{key} was {before.get(key)}, is {after.get(key)}"
         for key in sorted(before.keys() | after.keys())

@@ -1,15 +1,12 @@
-"""What Lightning trains: the network of each stage, its objective, and what it is judged by."""
+"""What Lightning trains: the part that all stages have in common."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -18,40 +15,14 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from lemma_fast.model import LEMMA
-from lemma_fast.ops import reference
-from lemma_fast.recognizer import Prior, TextPrior
-from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
-from lemma_fast.recognizers.charset import PRIOR
-from lemma_fast.training import export
+from lemma_fast.recognizers import CRNN
 from lemma_fast.training.batches import Batch, mix
-from lemma_fast.training.data import with_mask
-from lemma_fast.training.losses import (
-    LemmaLoss,
-    crnn_ctc_loss,
-    fine_tune_loss,
-    text_focus_cross_entropy,
-)
-from lemma_fast.training.metrics import psnr, ssim, word_hits
+from lemma_fast.training.metrics import word_hits
 from lemma_fast.training.settings import OptimizerSettings, Settings
-from lemma_fast.training.typed import SettingsError
 
 #: Metrics where less is better.
 FALLING = frozenset({"loss"})
 _EMA_RAMP = 10
-
-
-def op_table(name: str) -> ModuleType:
-    """The operations by their config word; raises SettingsError where they cannot run."""
-    if name == "reference":
-        return reference
-    try:
-        return importlib.import_module("lemma_fast.ops.fused")
-    except ImportError as error:
-        raise SettingsError(
-            f"ops: fused cannot be used here ({error}); write ops: reference, or install what is "
-            "missing"
-        ) from error
 
 
 def rate_factor(settings: OptimizerSettings, step: int, per_epoch: int, total: int) -> float:
@@ -62,11 +33,6 @@ def rate_factor(settings: OptimizerSettings, step: int, per_epoch: int, total: i
     if settings.schedule == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
     return warm
-
-
-def read_prior(logits: Tensor) -> list[str]:
-    """Texts of the prior's logits (N, T, 37)."""
-    return [PRIOR.decode(row) for row in logits.argmax(-1).tolist()]
 
 
 class StageModule(L.LightningModule):
@@ -207,175 +173,3 @@ class StageModule(L.LightningModule):
             return lr
         odd = torch.arange(len(hr), device=hr.device) % 2 == 1
         return torch.where(odd[:, None, None, None], lr, hr)
-
-
-class LemmaStage(StageModule):
-    """Super-resolution: the whole network against the objective of the paper."""
-
-    network: LEMMA
-
-    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
-        super().__init__(settings, total, per_epoch)
-        config = settings.lemma_config()
-        self.network = LEMMA(config, op_table(settings.ops))
-        if fresh:
-            export.start(self.network, settings)
-        wanted = settings.loss
-        recognizer: TextFocus | None = None
-        if wanted.recognizer is not None and wanted.weights.text_focus != 0:
-            loaded = load_recognizer("text_focus", settings.path(wanted.recognizer), device="cpu")
-            assert isinstance(loaded, TextFocus)
-            recognizer = loaded
-        self.loss = LemmaLoss(
-            recognizer,
-            wanted.weights,
-            attention_padding=wanted.attention_padding,
-            unit_diagonal=wanted.unit_diagonal,
-            double_softmax=wanted.double_softmax,
-            fine_tune_padding=wanted.fine_tune_padding,
-        )
-        if settings.select.recognizer is not None:
-            reader = load_recognizer(
-                "crnn", settings.path(settings.select.recognizer), device="cpu"
-            )
-            assert isinstance(reader, CRNN)
-            self._readers = (reader,)
-
-    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        prior = list(self.network.prior.parameters())
-        known = {id(parameter) for parameter in prior}
-        rest = [p for p in self.network.parameters() if id(p) not in known]
-        settings = self.settings.optimizer
-        return [(rest, settings.learning_rate), (prior, settings.prior_learning_rate)]
-
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Prior, dict[str, Tensor]]:
-        hr = with_mask(batch.hr)
-        sr, prior = self.network(with_mask(batch.lr))
-        sr = sr.float()
-        terms = self.loss(sr, hr, batch.focus, prior, batch.prior_ids)._asdict()
-        return sr, hr, prior, {"loss": terms.pop("total"), **terms}
-
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        weights = self.settings.loss.weights
-        if self.global_step < self.settings.loss.pixel_steps:
-            weights = replace(weights, text_focus=0.0)
-        self.loss.weights = weights
-        return self._forward(batch)[-1]
-
-    def scores(self, batch: Batch) -> dict[str, Tensor]:
-        # the whole objective from the first step on, so that the curve is of one thing
-        self.loss.weights = self.settings.loss.weights
-        sr, hr, prior, terms = self._forward(batch)
-        scores = {name: value.expand(len(sr)) for name, value in terms.items()}
-        scores["psnr"] = psnr(sr, hr)
-        scores["ssim"] = ssim(sr, hr)
-        scores["prior_accuracy"] = self._hits(read_prior(prior.text_logits), batch)
-        for reader in self._readers:
-            texts = [reading.text for reading in reader.read(sr[:, :3].clamp(0, 1))]
-            scores["accuracy"] = self._hits(texts, batch)
-        return scores
-
-    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
-        export.save_lemma(self.network, path, provenance, self.settings.export)
-
-
-class PriorStage(StageModule):
-    """The prior alone: ABINet's vision and language parts learn to read."""
-
-    network: TextPrior
-
-    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
-        super().__init__(settings, total, per_epoch)
-        self.network = TextPrior(settings.lemma_config())
-        if fresh:
-            export.start(self.network, settings)
-
-    def _forward(self, batch: Batch) -> tuple[Prior, Tensor]:
-        prior, _ = self.network(self._looked_at(batch, align_corners=True))
-        loss = fine_tune_loss(
-            prior.img_logits.float(),
-            prior.text_logits.float(),
-            batch.prior_ids,
-            double_softmax=False,
-            include_padding=False,
-        )
-        return prior, loss
-
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self._forward(batch)[1]}
-
-    def scores(self, batch: Batch) -> dict[str, Tensor]:
-        prior, loss = self._forward(batch)
-        return {
-            "loss": loss.expand(len(batch.labels)),
-            "accuracy": self._hits(read_prior(prior.text_logits), batch),
-            "vision_accuracy": self._hits(read_prior(prior.img_logits), batch),
-        }
-
-    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
-        export.save_prior(self.network, path, provenance, self.settings.export)
-
-
-class ReaderStage(StageModule):
-    """A recogniser that is taught to read; the two below say which, and by what loss."""
-
-    network: TextFocus | CRNN
-
-    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
-        super().__init__(settings, total, per_epoch)
-        self.network = self._build(settings)
-        if fresh:
-            export.start(self.network, settings)
-
-    @abstractmethod
-    def _build(self, settings: Settings) -> TextFocus | CRNN:
-        """Return the network as its config has it."""
-
-    @abstractmethod
-    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of reading `images`."""
-
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self._loss(self._looked_at(batch, align_corners=False), batch)}
-
-    def scores(self, batch: Batch) -> dict[str, Tensor]:
-        images = self._looked_at(batch, align_corners=False)
-        texts = [reading.text for reading in self.network.read(images)]
-        loss = self._loss(images, batch).expand(len(images))
-        return {"loss": loss, "accuracy": self._hits(texts, batch)}
-
-    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
-        export.save_recognizer(self.network, path, provenance, self.settings.export)
-
-
-class TextFocusStage(ReaderStage):
-    """The loss recogniser, taught by teacher forcing."""
-
-    network: TextFocus
-
-    def _build(self, settings: Settings) -> TextFocus:
-        return TextFocus(settings.text_focus_config())
-
-    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
-        logits = self.network(self.network.prepare(images), batch.focus.inputs).logits
-        return text_focus_cross_entropy(logits.float(), batch.focus)
-
-
-class CRNNStage(ReaderStage):
-    """The evaluator, by CTC."""
-
-    network: CRNN
-
-    def _build(self, settings: Settings) -> CRNN:
-        return CRNN(settings.crnn_config())
-
-    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
-        return crnn_ctc_loss(self.network(self.network.prepare(images)), batch.ctc)
-
-
-STAGES: Mapping[str, type[LemmaStage | PriorStage | TextFocusStage | CRNNStage]] = {
-    "lemma": LemmaStage,
-    "prior": PriorStage,
-    "text_focus": TextFocusStage,
-    "crnn": CRNNStage,
-}

@@ -22,13 +22,17 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from lemma_fast.baselines import BaselineConfig
 from lemma_fast.config import LemmaConfig
 from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
 from lemma_fast.training.losses import LOSS_SCALE, LossWeights
 from lemma_fast.training.typed import SettingsError, Values, build, merge
 
-Stage = Literal["prior", "text_focus", "crnn", "lemma"]
+Stage = Literal["prior", "text_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"]
 T = TypeVar("T")
+
+#: The stages that train a network of Table 3 in LEMMA's place.
+BASELINES = ("srcnn", "srresnet", "tsrn")
 
 #: The name of a stage's exported weights in its folder.
 WEIGHTS = "best.safetensors"
@@ -59,8 +63,10 @@ class StartSettings:
     """Weights to start from: the whole network, or the prior's.
 
     `prior` is one file of ours, or published ABINet files (vision, language, or both in one).
+    `interpolation` lets a fresh LEMMA begin as an interpolation of the crop.
     """
 
+    interpolation: bool = False
     weights: str | None = None
     prior: tuple[str, ...] = ()
 
@@ -70,12 +76,13 @@ class LossSettings:
     """The objective; the defaults are the published one, quirks included (see `losses`).
 
     `recognizer` is the text-focus Transformer's checkpoint. The first `pixel_steps` steps leave
-    its terms out.
+    its terms out. `gradient_profile` is the weight of TSRN's own loss beside the others.
     """
 
     weights: LossWeights = field(default_factory=LossWeights)
     recognizer: str | None = None
     pixel_steps: int = 0
+    gradient_profile: float = 0.0
     scale: float = LOSS_SCALE
     attention_padding: bool = True
     unit_diagonal: bool = False
@@ -129,7 +136,8 @@ class RunSettings:
 class SelectSettings:
     """What the best weights are best in; `recognizer` is a CRNN checkpoint for `accuracy`.
 
-    The stages that train a recogniser know `accuracy` (their own) and `loss`, LEMMA also `psnr`.
+    The stages that train a recogniser know `accuracy` (their own) and `loss`, the others also
+    `psnr`.
     """
 
     metric: Literal["accuracy", "psnr", "loss"] = "psnr"
@@ -145,9 +153,10 @@ class Settings:
     seed: int = 0
     ops: Literal["reference", "fused"] = "reference"
     # `preset` (base, small) and entries of LemmaConfig; of TextFocusConfig or CRNNConfig with the
-    # presets published and small.
+    # presets published and small; of BaselineConfig, where the stage is the name.
     model: Values = field(default_factory=dict)
     recognizer: Values = field(default_factory=dict)
+    baseline: Values = field(default_factory=dict)
     # What the stages that train a recogniser look at; `both` alternates.
     images: Literal["hr", "lr", "both"] = "hr"
     data: DataSettings = field(default_factory=DataSettings)
@@ -189,6 +198,17 @@ class Settings:
         presets = {"published": CRNNConfig(), "small": CRNNConfig.small()}
         return _recognizer(presets, self.recognizer)
 
+    def baseline_config(self) -> BaselineConfig:
+        """The baseline's sizes; raises SettingsError."""
+        try:
+            paper = dataclasses.asdict(BaselineConfig.paper(self.stage))
+            values = {**paper, **self.baseline, "name": self.stage}
+            return build(BaselineConfig, values, "baseline.")
+        except SettingsError:
+            raise
+        except ValueError as error:
+            raise SettingsError(f"baseline: {error}") from error
+
     def check(self) -> None:
         """Raise SettingsError where values contradict each other."""
         data, run = self.data, self.run
@@ -208,14 +228,15 @@ class Settings:
         if run.ema is not None and not 0 < run.ema < 1:
             raise SettingsError(f"run.ema {run.ema} is not between 0 and 1")
         wanted, stage = self.select.metric, self.stage
-        if stage != "lemma" and wanted == "psnr":
+        restores = stage in ("lemma", *BASELINES)
+        if not restores and wanted == "psnr":
             raise SettingsError(
                 f"select.metric psnr means nothing to stage {stage}: accuracy, loss"
             )
-        if stage == "lemma" and wanted == "accuracy" and self.select.recognizer is None:
+        if restores and wanted == "accuracy" and self.select.recognizer is None:
             raise SettingsError("select.metric accuracy needs select.recognizer, a CRNN checkpoint")
         text_focus = self.loss.weights.text_focus != 0
-        if stage == "lemma" and text_focus and self.loss.recognizer is None:
+        if restores and text_focus and self.loss.recognizer is None:
             raise SettingsError(
                 "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
                 "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
@@ -224,8 +245,10 @@ class Settings:
             self.lemma_config()
         elif stage == "text_focus":
             self.text_focus_config()
-        else:
+        elif stage == "crnn":
             self.crnn_config()
+        else:
+            self.baseline_config()
 
 
 def packaged() -> list[str]:

@@ -1,0 +1,85 @@
+"""Weights of baselines in and out, and one call that opens them and LEMMA alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lemma_fast import checkpoint
+from lemma_fast.baselines.config import NOT_IMPLEMENTED, BaselineConfig, check_name, list_baselines
+from lemma_fast.baselines.networks import Baseline, build_baseline, create_baseline
+from lemma_fast.model import LEMMA
+from lemma_fast.recognizers.base import load_strictly, save_weights
+from lemma_fast.weight_files import CheckpointError, read_safetensors
+
+#: `format` in the metadata of a baseline's weights.
+FORMAT = "lemma-fast baseline 1"
+
+
+def save_baseline(
+    model: Baseline, path: str | Path, provenance: Mapping[str, str] | None = None
+) -> None:
+    """Write `model` as safetensors with its config, a digest of its tensors, and `provenance`."""
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(dataclasses.asdict(model.config)),
+        "sha256": checkpoint.digest(model.state_dict()),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **(provenance or {}),
+    }
+    save_weights(model, path, metadata)
+
+
+def load_baseline(path: str | Path, device: str | torch.device = "cpu") -> Baseline:
+    """Open what `save_baseline` wrote, in evaluation mode; raises CheckpointError."""
+    path = Path(path)
+    state, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    try:
+        model = build_baseline(BaselineConfig(**json.loads(metadata["config"])))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its config cannot be used: {error}") from error
+    if checkpoint.digest(state) != metadata.get("sha256"):
+        raise CheckpointError(f"{path}: damaged, its tensors are not those that were written")
+    load_strictly(model, state, str(path))
+    return model.to(device).eval()
+
+
+def open_network(source: str | Path, device: str | torch.device = "cpu") -> LEMMA | Baseline:
+    """Open a LEMMA as `lemma_fast.load` does, a trained baseline's file, or "bicubic".
+
+    In evaluation mode. Raises CheckpointError, also for a baseline's name where weights are needed.
+    """
+    name = str(source)
+    if not Path(name).exists() and name.lower() in (*list_baselines(), *NOT_IMPLEMENTED):
+        if name == "bicubic":
+            return create_baseline(name).to(device).eval()
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        raise CheckpointError(
+            f"{name} comes without weights: train it (lemma-fast train small-baselines --stage "
+            f"{name}), and pass the file"
+        )
+    path = checkpoint.locate(source)
+    if path.suffix == ".safetensors" and _format(path) == FORMAT:
+        return load_baseline(path, device)
+    return checkpoint.load(path, device)
+
+
+def _format(path: Path) -> str | None:
+    """`format` in a file's metadata, of which the tensors are not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError):
+        # Whoever opens it next says what is wrong.
+        return None

@@ -1,0 +1,258 @@
+"""Runs: killed, in chunks, on two ranks, to the same numbers; and what they leave behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_training import stage_of, write_config
+
+import lemma_fast
+from lemma_fast.recognizers import load_recognizer
+from lemma_fast.training import curves
+from lemma_fast.training.batches import EncodedCrops, split
+from lemma_fast.training.fit import AtomicCheckpoints, fit
+from lemma_fast.training.restoration import LemmaStage
+from lemma_fast.training.settings import choose
+from lemma_fast.training.typed import SettingsError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Sums come out the same in every process only if they are split the same way.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_checkpoint_replaces_the_one_before_only_when_it_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpoints().save_checkpoint({"step": 1}, path)
+
+    def torn(content, file):
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="disk full"):
+        AtomicCheckpoints().save_checkpoint({"step": 2}, path)
+    assert torch.load(path) == {"step": 1}
+
+
+def _weights(folder, name="last.safetensors"):
+    return load_file(folder / name)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """All four stages, trained without a break; LEMMA uses what the others made."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_config(folder)
+    overrides = [
+        "stages.lemma.start.prior=stage:prior",
+        "stages.lemma.loss.recognizer=stage:text_focus",
+        "stages.lemma.loss.weights.text_focus=0.5",
+        "stages.lemma.loss.pixel_steps=3",
+        "stages.lemma.select.recognizer=stage:crnn",
+    ]
+    outcomes = [fit(chosen) for chosen in choose(config, "all", overrides)]
+    assert all(outcome.finished for outcome in outcomes)
+    torch.set_num_threads(threads)
+    return config, overrides
+
+
+def _begin_again(whole, tmp_path):
+    """The other stages of a whole run, and the settings of LEMMA in a folder of its own."""
+    config, overrides = whole
+    for stage in ("prior", "text_focus", "crnn"):
+        shutil.copytree(config.parent / "run" / stage, tmp_path / "run" / stage)
+    return config, [*overrides, f"output={tmp_path / 'run'}"]
+
+
+_KILLED = """
+import os, signal, sys, torch
+from lightning.pytorch.callbacks import Callback
+from lemma_fast.training.fit import fit
+from lemma_fast.training.settings import choose
+
+class Killer(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True, warn_only=True)
+fit(choose(sys.argv[1], "lemma", sys.argv[2:])[0], callbacks=[Killer()])
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(whole, tmp_path):
+    config, overrides = _begin_again(whole, tmp_path)
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(config), *overrides], capture_output=True, text=True
+    )
+    assert killed.returncode == -9, killed.stderr
+    folder = tmp_path / "run" / "lemma"
+    # Step 9, in the third epoch of four steps, was the last to be saved; 10 is in the curves.
+    assert torch.load(folder / "last.ckpt")["global_step"] == 9
+    assert curves.read(folder / "metrics.csv")[-1][0] == 10
+    assert not (folder / "result.json").exists()
+
+    outcome = fit(stage_of(config, "lemma", *overrides))
+    assert outcome.finished
+    unbroken = config.parent / "run" / "lemma"
+    assert (folder / "metrics.csv").read_text() == (unbroken / "metrics.csv").read_text()
+    for name in ("last.safetensors", "best.safetensors"):
+        torch.testing.assert_close(_weights(folder, name), _weights(unbroken, name), rtol=0, atol=0)
+    ours, theirs = (torch.load(place / "last.ckpt") for place in (folder, unbroken))
+    for part in ("optimizer_states", "lr_schedulers", "average", "state_dict"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+
+
+def test_chunks_make_the_same_run(whole, tmp_path):
+    config, overrides = _begin_again(whole, tmp_path)
+    chosen = stage_of(config, "lemma", *overrides)
+    steps = []
+    for _ in range(3):
+        outcome = fit(chosen, steps=5)
+        steps.append(outcome.step)
+    assert steps == [5, 10, 12]
+    unbroken = config.parent / "run" / "lemma"
+    assert (chosen.folder / "metrics.csv").read_text() == (unbroken / "metrics.csv").read_text()
+    torch.testing.assert_close(_weights(chosen.folder), _weights(unbroken), rtol=0, atol=0)
+    # There is nothing left to do, and that takes no step.
+    assert fit(chosen, steps=5) == outcome
+
+
+def test_a_spent_budget_stops_after_a_step(whole, tmp_path):
+    config, overrides = _begin_again(whole, tmp_path)
+    outcome = fit(stage_of(config, "lemma", *overrides), minutes=0)
+    assert (outcome.step, outcome.finished) == (1, False)
+    assert (outcome.folder / "last.ckpt").is_file()
+
+
+def test_changed_settings_do_not_go_on_unasked(whole, tmp_path):
+    config, overrides = _begin_again(whole, tmp_path)
+    fit(stage_of(config, "lemma", *overrides), steps=1)
+    changed = stage_of(config, "lemma", *overrides, "optimizer.learning_rate=0.01")
+    with pytest.raises(SettingsError, match=r"optimizer.learning_rate was 0.001, is 0.01"):
+        fit(changed)
+    assert fit(changed, steps=1, accept_changes=True).step == 2
+    assert fit(changed, steps=1, restart=True).step == 1
+    workers = stage_of(
+        config, "lemma", *overrides, "optimizer.learning_rate=0.01", "data.workers=1"
+    )
+    assert fit(workers, steps=1).step == 2
+
+
+def test_a_run_of_an_earlier_version_goes_on(whole, tmp_path):
+    config, overrides = _begin_again(whole, tmp_path)
+    chosen = stage_of(config, "lemma", *overrides)
+    fit(chosen, steps=1)
+    path = chosen.folder / "last.ckpt"
+    saved = torch.load(path)
+    # Words that are not there stand for what the defaults are.
+    del saved["callbacks"]["Keeper"]["settings"]["loss"]["gradient_profile"]
+    torch.save(saved, path)
+    changed = stage_of(config, "lemma", *overrides, "loss.gradient_profile=0.1")
+    with pytest.raises(SettingsError, match=r"loss.gradient_profile was 0.0, is 0.1"):
+        fit(changed)
+    assert fit(chosen, steps=1).step == 2
+
+
+def test_weights_say_where_they_come_from(whole):
+    folder = whole[0].parent / "run" / "lemma"
+    with safe_open(folder / "best.safetensors", "pt") as file:
+        metadata = file.metadata()
+    best = json.loads((folder / "result.json").read_text())["best"]
+    assert int(metadata["steps"]) == best["step"]
+    assert json.loads(metadata["validation"])["psnr"] == best["psnr"]
+    assert metadata["seed"] == "0"
+    assert "held out" in metadata["selection"]
+    assert json.loads(metadata["settings"])["stage"] == "lemma"
+    assert json.loads(metadata["versions"])["torch"] == str(torch.__version__)
+    assert "CPU" in metadata["device"]
+    assert lemma_fast.load(folder / "best.safetensors").config.num_blocks == 1
+
+
+def test_pixels_come_first(whole):
+    rows = curves.read(whole[0].parent / "run" / "lemma" / "metrics.csv")
+    attention = {step: value for step, name, value in rows if name == "train/attention"}
+    # Of the steps 3 and 4 the second one is past the warm-up of three.
+    assert attention[2] == 0
+    assert attention[4] > 0
+
+
+def test_trained_recognisers_open(whole):
+    run = whole[0].parent / "run"
+    for name in ("crnn", "text_focus"):
+        reader = load_recognizer(name, run / name / "best.safetensors", device="cpu")
+        assert len(reader.read(torch.rand(2, 3, 32, 128))) == 2
+
+
+def test_the_best_validation_is_kept(whole):
+    folder = whole[0].parent / "run" / "lemma"
+    rows = curves.read(folder / "metrics.csv")
+    pixels = [value for _, name, value in rows if name == "train/pixel"]
+    assert pixels[-1] < pixels[0]
+    psnr = {value: step for step, name, value in rows if name == "validation/psnr"}
+    best = json.loads((folder / "result.json").read_text())["best"]
+    assert best["psnr"] == max(psnr)
+    assert best["step"] == psnr[max(psnr)]
+    assert sorted(psnr.values()) == [4, 8, 12]
+
+
+def test_bfloat16_and_tensorboard(tmp_path):
+    chosen = stage_of(
+        write_config(tmp_path),
+        "lemma",
+        "run.precision=bfloat16",
+        "run.tensorboard=true",
+        "run.steps=2",
+    )
+    assert fit(chosen).finished
+    assert list((chosen.folder / "tensorboard").glob("events.*"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    chosen = stage_of(write_config(tmp_path), "lemma", "optimizer.learning_rate=1e30")
+    with pytest.raises(FloatingPointError, match="the loss is"):
+        fit(chosen)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_one_network(tmp_path):
+    config = write_config(tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "lemma_fast.cli", "train", str(config), "--stage", "lemma", "run.steps=4"]
+    options = ["run.devices=2", "run.accelerator=cpu", "run.ema=null", "export=float32"]
+    ran = subprocess.run(
+        [*launch, *command, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("finished") == 1
+    folder = tmp_path / "run" / "lemma"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 4
+    assert result["device"].startswith("2 x ")
+
+    # Validation saw every crop once: the mean is that of one process over all of them.
+    chosen = stage_of(config, "lemma")
+    _, judged, _ = split(chosen.data)
+    whole = EncodedCrops(judged, 26).__getitems__(range(len(judged)))
+    module = LemmaStage(chosen, 1, 1)
+    module.network = lemma_fast.load(folder / "last.safetensors")
+    with torch.no_grad():
+        expected = module.scores(whole)["psnr"].mean().item()
+    assert result["last"]["psnr"] == pytest.approx(expected, abs=1e-4)

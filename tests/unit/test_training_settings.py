@@ -1,0 +1,119 @@
+"""Settings of training: what is read from YAML, what is named as wrong, what the paper's are."""
+
+import dataclasses
+
+import pytest
+from tiny_training import stage_of, write_baselines, write_config
+
+import lemma_fast
+from lemma_fast.training import settings
+from lemma_fast.training.settings import OptimizerSettings, Settings, choose
+from lemma_fast.training.typed import SettingsError
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.stepz=3", "unknown key run.stepz; did you mean steps"),
+        ("colour=3", "unknown key colour"),
+        ("run.steps=many", "run.steps is a whole number, not 'many'"),
+        ("run.batch_size=true", "run.batch_size is a whole number"),
+        ("ops=fast", "ops is one of reference, fused"),
+        ("optimizer.betas=[0.5]", "optimizer.betas has 2 entries"),
+        ("data=3", "data is a table"),
+        ("model.blocks=3", "model: unknown entries in LemmaConfig: blocks"),
+        ("run.epochs=2", "one of run.steps and run.epochs"),
+        ("run.steps", "is not KEY=VALUE"),
+        ("stages.lama.seed=1", "stages.prior"),
+        ("data.selection=test", "data.test names no set"),
+        ("select.metric=accuracy", "select.recognizer"),
+        ("loss.weights.text_focus=1", "loss.recognizer names no checkpoint"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path, override, message):
+    config = write_config(tmp_path)
+    with pytest.raises(SettingsError, match=message):
+        choose(config, "lemma", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("baseline.depth=3", "unknown key baseline.depth"),
+        ("baseline.blocks=many", "baseline.blocks is a whole number"),
+        ("baseline.blocks=0", "baseline: srresnet has at least 1 block"),
+        ("baseline.rectification=true", "baseline: srresnet has no rectification"),
+        ("select.metric=accuracy", "select.recognizer"),
+        ("loss.weights.text_focus=1", "loss.recognizer names no checkpoint"),
+    ],
+)
+def test_a_wrong_setting_of_a_baseline_is_named(tmp_path, override, message):
+    config = write_baselines(tmp_path)
+    with pytest.raises(SettingsError, match=message):
+        choose(config, "srresnet", [override])
+
+
+def test_overrides_reach_one_stage_or_all(tmp_path):
+    config = write_config(tmp_path)
+    given = ["stages.prior.run.steps=7", "seed=5", "optimizer.learning_rate=1e-3"]
+    found = {chosen.stage: chosen for chosen in choose(config, "all", given)}
+    assert list(found) == ["prior", "text_focus", "crnn", "lemma"]
+    assert found["prior"].run.steps == 7
+    assert found["lemma"].run.steps == 12
+    assert {chosen.seed for chosen in found.values()} == {5}
+    assert found["crnn"].optimizer.learning_rate == 1e-3
+
+
+def test_shown_settings_are_a_config(tmp_path):
+    config = write_config(tmp_path)
+    chosen = choose(config)
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(settings.as_yaml(chosen))
+    assert choose(shown) == chosen
+
+
+def test_a_base_is_changed_entry_by_entry(tmp_path):
+    write_config(tmp_path)
+    other = tmp_path / "other.yaml"
+    other.write_text("base: tiny.yaml\nmodel: {num_blocks: 2}\nrun: {steps: 5}\n")
+    chosen = stage_of(other, "lemma")
+    assert chosen.lemma_config().num_blocks == 2
+    assert chosen.lemma_config().text_layers == 1
+    assert (chosen.run.steps, chosen.run.batch_size) == (5, 4)
+
+
+@pytest.mark.parametrize("name", settings.packaged())
+def test_packaged_configs_are_valid(name):
+    chosen = {found.stage: found for found in choose(name)}
+    lemma = chosen["lemma"]
+    if name.startswith(("table", "supplement")):
+        base = stage_of("textzoom", "lemma")
+        assert lemma.lemma_config() != base.lemma_config()
+        same = dataclasses.replace(lemma, model=base.model, output=base.output)
+        assert same == base
+    if name.endswith("baselines"):
+        # Like with like: what is not the network's or its loss's is LEMMA's.
+        for stage in settings.BASELINES:
+            found = chosen[stage]
+            for entry in ("data", "run", "seed", "output", "select", "optimizer", "export"):
+                assert getattr(found, entry) == getattr(lemma, entry), (stage, entry)
+            assert found.loss.scale == lemma.loss.scale
+            assert found.loss.weights.text_focus == 0
+            assert (found.loss.gradient_profile > 0) == (stage == "tsrn")
+            rectified = name.startswith("textzoom") and stage == "tsrn"
+            assert found.baseline_config().rectification == rectified
+
+
+def test_the_paper_is_the_base_config():
+    chosen = stage_of("textzoom", "lemma")
+    assert chosen.lemma_config() == lemma_fast.LemmaConfig.base()
+    assert (chosen.run.epochs, chosen.run.batch_size, chosen.loss.scale) == (500, 64, 100)
+    assert chosen.optimizer == OptimizerSettings()
+    assert chosen.loss.weights == settings.LossSettings().weights
+    assert chosen.data.selection == "held_out"
+    assert stage_of("published-selection", "lemma").data.selection == "test"
+
+
+def test_settings_of_a_stage_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings("lemma").seed = 3

@@ -1,0 +1,123 @@
+"""Stages: operations, schedule, the average of the weights, and weights in and out."""
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import stage_of, write_config
+
+import lemma_fast
+from lemma_fast import LEMMA, checkpoint
+from lemma_fast.training import export
+from lemma_fast.training.module import rate_factor
+from lemma_fast.training.restoration import LemmaStage, op_table
+from lemma_fast.training.settings import OptimizerSettings
+from lemma_fast.training.stages import PriorStage
+from lemma_fast.training.typed import SettingsError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Networks this small only lose by more.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_fused_operations_that_are_missing_are_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lemma_fast.ops.fused", None)
+    with pytest.raises(SettingsError, match="write ops: reference"):
+        op_table("fused")
+
+
+def test_the_paper_halves_its_rate_after_epoch_400():
+    paper = OptimizerSettings()
+    factors = [rate_factor(paper, step, 271, 500 * 271) for step in (0, 400 * 271 - 1, 400 * 271)]
+    assert factors == [1, 1, 0.5]
+
+
+def test_a_cosine_warms_up_and_ends_at_nothing():
+    cosine = OptimizerSettings(schedule="cosine", warm_up=10)
+    assert rate_factor(cosine, 0, 5, 100) == pytest.approx(0.1)
+    assert rate_factor(cosine, 50, 5, 100) == pytest.approx(0.5)
+    assert rate_factor(cosine, 100, 5, 100) == pytest.approx(0)
+
+
+def test_the_prior_has_a_rate_of_its_own(tmp_path):
+    module = LemmaStage(stage_of(write_config(tmp_path), "lemma"), 10, 5)
+    (rest, fast), (prior, slow) = module.parameter_groups()
+    assert (fast, slow) == (1e-3, 1e-4)
+    assert {id(p) for p in prior} == {id(p) for p in module.network.prior.parameters()}
+    assert len(rest) + len(prior) == len(list(module.network.parameters()))
+
+
+def test_the_average_follows_the_weights_and_gives_them_back(tmp_path):
+    module = LemmaStage(stage_of(write_config(tmp_path), "lemma", "run.ema=0.75"), 10, 5)
+    network = module.network
+    weight, norm = network.stem.weight, network.tail.norm
+    first = weight.detach().clone()
+    module.average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with torch.no_grad():
+        weight.add_(1)
+        norm.num_batches_tracked.add_(3)
+    module.update_average(0)
+    # At first it follows faster than it is told to: 1 / 10 of the old is kept.
+    torch.testing.assert_close(module.average["stem.weight"], first + 0.9)
+    module.update_average(1000)
+    torch.testing.assert_close(module.average["stem.weight"], first + 0.9 + 0.25 * 0.1)
+    with module.averaged():
+        torch.testing.assert_close(weight.detach(), first + 0.925)
+        assert norm.num_batches_tracked == 3
+    torch.testing.assert_close(weight.detach(), first + 1)
+
+
+def test_half_storage_leaves_buffers_alone(tmp_path):
+    config = write_config(tmp_path)
+    network = LEMMA(stage_of(config, "lemma", "model.rectification=true").lemma_config())
+    with torch.no_grad():
+        network.stem.weight[0, 0, 0, 0] = 1 / 3
+    export.save_lemma(network, tmp_path / "half.safetensors", {"seed": "7"}, "float16")
+    state = load_file(tmp_path / "half.safetensors")
+    parameters = dict(network.named_parameters())
+    for name, tensor in state.items():
+        half = name in parameters
+        assert tensor.dtype == (torch.float16 if half else network.state_dict()[name].dtype), name
+    loaded = lemma_fast.load(tmp_path / "half.safetensors")
+    assert loaded.stem.weight.dtype == torch.float32
+    assert loaded.stem.weight[0, 0, 0, 0].item() == torch.tensor(1 / 3).half().item()
+    torch.testing.assert_close(loaded.guidance.positions, network.guidance.positions)
+    assert parameters["stem.weight"].dtype == torch.float32
+    with torch.no_grad():
+        network.stem.weight[0, 0, 0, 0] = 1e6
+    with pytest.raises(ValueError, match="stem.weight does not fit"):
+        export.save_lemma(network, tmp_path / "half.safetensors", {}, "float16")
+
+
+def test_a_prior_starts_a_network(tmp_path):
+    config = write_config(tmp_path)
+    prior = PriorStage(stage_of(config, "prior"), 1, 1).network
+    (tmp_path / "run" / "prior").mkdir(parents=True)
+    export.save_prior(prior, tmp_path / "run" / "prior" / "best.safetensors", {}, "float32")
+    module = LemmaStage(stage_of(config, "lemma", "start.prior=stage:prior"), 1, 1)
+    torch.testing.assert_close(module.network.prior.state_dict(), prior.state_dict())
+
+    whole = tmp_path / "whole.safetensors"
+    checkpoint.save(module.network, whole)
+    again = LemmaStage(stage_of(config, "lemma", f"start.prior={whole}"), 1, 1)
+    torch.testing.assert_close(again.network.prior.state_dict(), prior.state_dict())
+
+    published = tmp_path / "published.pth"
+    names = checkpoint.to_published(module.network)
+    head = "position_prior."
+    ours = {n.removeprefix(head): t for n, t in names.items() if n.startswith(head)}
+    torch.save({"model": ours}, published)
+    again = LemmaStage(stage_of(config, "lemma", f"start.prior={published}"), 1, 1)
+    torch.testing.assert_close(again.network.prior.state_dict(), prior.state_dict())
+
+    wider = stage_of(config, "lemma", "start.prior=stage:prior", "model.prior.key_width=12")
+    with pytest.raises(SettingsError, match="prior of other sizes"):
+        LemmaStage(wider, 1, 1)
+    with pytest.raises(SettingsError, match="train the stage before"):
+        LemmaStage(stage_of(config, "lemma", "start.prior=stage:crnn"), 1, 1)

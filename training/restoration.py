@@ -1,0 +1,162 @@
+"""The stages that teach super-resolution: LEMMA, and the baselines that it is compared with."""
+
+from __future__ import annotations
+
+import importlib
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lemma_fast.baselines import Baseline, build_baseline, super_resolve
+from lemma_fast.model import LEMMA
+from lemma_fast.ops import reference
+from lemma_fast.recognizer import Prior
+from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
+from lemma_fast.recognizers.charset import CTCLabels
+from lemma_fast.training import export
+from lemma_fast.training.batches import Batch
+from lemma_fast.training.data import with_mask
+from lemma_fast.training.losses import LemmaLoss
+from lemma_fast.training.metrics import psnr, ssim
+from lemma_fast.training.module import StageModule
+from lemma_fast.training.prior_terms import prior_labels, read_prior
+from lemma_fast.training.settings import Settings
+from lemma_fast.training.typed import SettingsError
+
+
+def op_table(name: str) -> ModuleType:
+    """The operations by their config word; raises SettingsError where they cannot run."""
+    if name == "reference":
+        return reference
+    try:
+        return importlib.import_module("lemma_fast.ops.fused")
+    except ImportError as error:
+        raise SettingsError(
+            f"ops: fused cannot be used here ({error}); write ops: reference, or install what is "
+            "missing"
+        ) from error
+
+
+def gradient_profile_loss(sr: Tensor, hr: Tensor) -> Tensor:
+    """TSRN's own loss: how far apart two batches' gradient profiles are, on average."""
+    return F.l1_loss(gradient_profile(sr), gradient_profile(hr))
+
+
+def gradient_profile(images: Tensor) -> Tensor:
+    """Steepness of [N, C, H, W]: sqrt(dx^2 + dy^2 + 1e-6), by central differences.
+
+    Outside the image there are zeros, as in the published training, so that its edge is steep.
+    """
+    around = F.pad(images, (1, 1, 1, 1))
+    across = (around[..., 1:-1, 2:] - around[..., 1:-1, :-2]) / 2
+    down = (around[..., 2:, 1:-1] - around[..., :-2, 1:-1]) / 2
+    return (across.square() + down.square() + 1e-6).sqrt()
+
+
+class RestorationStage(StageModule):
+    """Crops against the true ones, by the objective of the settings."""
+
+    network: LEMMA | Baseline
+
+    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
+        super().__init__(settings, total, per_epoch)
+        self.network = self._build(settings)
+        if fresh:
+            export.start(self.network, settings)
+        wanted = settings.loss
+        recognizer: TextFocus | None = None
+        if wanted.recognizer is not None and wanted.weights.text_focus != 0:
+            loaded = load_recognizer("text_focus", settings.path(wanted.recognizer), device="cpu")
+            assert isinstance(loaded, TextFocus)
+            recognizer = loaded
+        self.loss = LemmaLoss(
+            recognizer,
+            wanted.weights,
+            attention_padding=wanted.attention_padding,
+            unit_diagonal=wanted.unit_diagonal,
+            double_softmax=wanted.double_softmax,
+            fine_tune_padding=wanted.fine_tune_padding,
+        )
+        if settings.select.recognizer is not None:
+            reader = load_recognizer(
+                "crnn", settings.path(settings.select.recognizer), device="cpu"
+            )
+            assert isinstance(reader, CRNN)
+            self._readers = (reader,)
+
+    @abstractmethod
+    def _build(self, settings: Settings) -> LEMMA | Baseline:
+        """Return the network as its config has it."""
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
+        sr, prior = super_resolve(self.network, with_mask(batch.lr))
+        sr = sr.float()
+        # A network of three channels has no mask to compare.
+        hr = with_mask(batch.hr)[:, : sr.shape[1]]
+        labels: Tensor | CTCLabels = batch.prior_ids
+        if isinstance(self.network, LEMMA):
+            labels = prior_labels(self.network.prior, batch)
+        terms = self.loss(sr, hr, batch.focus, prior, labels)._asdict()
+        terms = {"loss": terms.pop("total"), **terms}
+        if profile := self.settings.loss.gradient_profile:
+            terms["gradient_profile"] = gradient_profile_loss(sr[:, :3], hr[:, :3])
+            terms["loss"] = terms["loss"] + profile * terms["gradient_profile"]
+        return sr, hr, prior, terms
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        weights = self.settings.loss.weights
+        if self.global_step < self.settings.loss.pixel_steps:
+            weights = replace(weights, text_focus=0.0)
+        self.loss.weights = weights
+        return self._forward(batch)[-1]
+
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        # the whole objective from the first step on, so that the curve is of one thing
+        self.loss.weights = self.settings.loss.weights
+        sr, hr, prior, terms = self._forward(batch)
+        scores = {name: value.expand(len(sr)) for name, value in terms.items()}
+        scores["psnr"] = psnr(sr, hr)
+        scores["ssim"] = ssim(sr, hr)
+        if prior is not None and isinstance(self.network, LEMMA):
+            texts = read_prior(prior.text_logits, self.network.config)
+            scores["prior_accuracy"] = self._hits(texts, batch)
+        for reader in self._readers:
+            texts = [reading.text for reading in reader.read(sr[:, :3].clamp(0, 1))]
+            scores["accuracy"] = self._hits(texts, batch)
+        return scores
+
+
+class LemmaStage(RestorationStage):
+    """The whole network against the objective of the paper."""
+
+    network: LEMMA
+
+    def _build(self, settings: Settings) -> LEMMA:
+        return LEMMA(settings.lemma_config(), op_table(settings.ops))
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        prior = list(self.network.prior.parameters())
+        known = {id(parameter) for parameter in prior}
+        rest = [p for p in self.network.parameters() if id(p) not in known]
+        settings = self.settings.optimizer
+        return [(rest, settings.learning_rate), (prior, settings.prior_learning_rate)]
+
+    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
+        export.save_lemma(self.network, path, provenance, self.settings.export)
+
+
+class BaselineStage(RestorationStage):
+    """A network of Table 3 in LEMMA's place; the stage's name says which one."""
+
+    network: Baseline
+
+    def _build(self, settings: Settings) -> Baseline:
+        return build_baseline(settings.baseline_config(), op_table(settings.ops))
+
+    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
+        export.save_baseline(self.network, path, provenance, self.settings.export)

@@ -1,0 +1,118 @@
+"""The stages by their names, and those of them that teach a recogniser to read."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from lemma_fast.crnn_prior import CRNNPrior
+from lemma_fast.model import text_prior
+from lemma_fast.recognizer import Prior, TextPrior
+from lemma_fast.recognizers import CRNN, TextFocus
+from lemma_fast.training import export
+from lemma_fast.training.batches import Batch
+from lemma_fast.training.losses import crnn_ctc_loss, text_focus_cross_entropy
+from lemma_fast.training.module import StageModule
+from lemma_fast.training.prior_terms import prior_loss, read_prior
+from lemma_fast.training.restoration import BaselineStage, LemmaStage
+from lemma_fast.training.settings import BASELINES, Settings
+
+
+class PriorStage(StageModule):
+    """The prior alone: ABINet's vision and language parts, or a CRNN, learn to read."""
+
+    network: TextPrior | CRNNPrior
+
+    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
+        super().__init__(settings, total, per_epoch)
+        self.network = text_prior(settings.lemma_config())
+        if fresh:
+            export.start(self.network, settings)
+
+    def _forward(self, batch: Batch) -> tuple[Prior, Tensor]:
+        prior, _ = self.network(self._looked_at(batch, align_corners=True))
+        return prior, prior_loss(self.network, prior, batch)
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self._forward(batch)[1]}
+
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        prior, loss = self._forward(batch)
+        config = self.network.config
+        return {
+            "loss": loss.expand(len(batch.labels)),
+            "accuracy": self._hits(read_prior(prior.text_logits, config), batch),
+            "vision_accuracy": self._hits(read_prior(prior.img_logits, config), batch),
+        }
+
+    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
+        export.save_prior(self.network, path, provenance, self.settings.export)
+
+
+class ReaderStage(StageModule):
+    """A recogniser that is taught to read; the two below say which, and by what loss."""
+
+    network: TextFocus | CRNN
+
+    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
+        super().__init__(settings, total, per_epoch)
+        self.network = self._build(settings)
+        if fresh:
+            export.start(self.network, settings)
+
+    @abstractmethod
+    def _build(self, settings: Settings) -> TextFocus | CRNN:
+        """Return the network as its config has it."""
+
+    @abstractmethod
+    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of reading `images`."""
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self._loss(self._looked_at(batch, align_corners=False), batch)}
+
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        images = self._looked_at(batch, align_corners=False)
+        texts = [reading.text for reading in self.network.read(images)]
+        loss = self._loss(images, batch).expand(len(images))
+        return {"loss": loss, "accuracy": self._hits(texts, batch)}
+
+    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
+        export.save_recognizer(self.network, path, provenance, self.settings.export)
+
+
+class TextFocusStage(ReaderStage):
+    """The loss recogniser, taught by teacher forcing."""
+
+    network: TextFocus
+
+    def _build(self, settings: Settings) -> TextFocus:
+        return TextFocus(settings.text_focus_config())
+
+    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+        logits = self.network(self.network.prepare(images), batch.focus.inputs).logits
+        return text_focus_cross_entropy(logits.float(), batch.focus)
+
+
+class CRNNStage(ReaderStage):
+    """The evaluator, by CTC."""
+
+    network: CRNN
+
+    def _build(self, settings: Settings) -> CRNN:
+        return CRNN(settings.crnn_config())
+
+    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+        return crnn_ctc_loss(self.network(self.network.prepare(images)), batch.ctc)
+
+
+STAGES: Mapping[str, type[LemmaStage | BaselineStage | PriorStage | TextFocusStage | CRNNStage]] = {
+    "lemma": LemmaStage,
+    "prior": PriorStage,
+    "text_focus": TextFocusStage,
+    "crnn": CRNNStage,
+    **dict.fromkeys(BASELINES, BaselineStage),
+}
