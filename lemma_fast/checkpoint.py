@@ -9,32 +9,60 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import pickle
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lemma_fast.atomic import replacing
-from lemma_fast.config import LemmaConfig
+from lemma_fast.config import CRNNConfig, LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.published import extra_tables, infer_config, name_map, published_name
+from lemma_fast.recognizer import TextPrior
+from lemma_fast.recognizers.base import config_from_json, load_strictly
+from lemma_fast.recognizers.crnn import CRNN
+from lemma_fast.weight_files import (
+    CheckpointError,
+    CheckpointMissing,
+    check_fit,
+    listed,
+    named_tensors,
+    read_published,
+    read_safetensors,
+    read_weights,
+    unpickled,
+)
+
+if TYPE_CHECKING:
+    from lemma_fast.crnn_prior import CRNNPrior
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointMissing",
+    "convert",
+    "digest",
+    "file_digest",
+    "from_published",
+    "is_hub_id",
+    "load",
+    "load_prior",
+    "locate",
+    "packaged",
+    "read_published",
+    "save",
+    "to_published",
+    "verify",
+]
 
 FORMAT = "lemma-fast 1"
 HUB_FILE = "model.safetensors"
 CONFIG_KEY = "lemma_fast_config"
-_WRAPPERS = ("state_dict_G", "model", "state_dict")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the reason."""
 
 
 def packaged() -> dict[str, Path]:
@@ -54,8 +82,8 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
         model = _load_ours(path)
     else:
         try:
-            content = _unpickled(path)
-            model = from_published(_tensors(path, content), _carried_config(content))
+            content = unpickled(path)
+            model = from_published(named_tensors(path, content), _carried_config(content))
         except ValueError as error:
             raise CheckpointError(_prefixed(path, error)) from error
     return model.to(device).eval()
@@ -83,7 +111,7 @@ def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = 
 def verify(path: str | Path) -> str:
     """Check a safetensors file of ours against the digest it carries; returns the digest."""
     path = Path(path)
-    state, metadata = _read_safetensors(path)
+    state, metadata = read_safetensors(path)
     return _check_digest(path, state, metadata)
 
 
@@ -116,7 +144,7 @@ def to_published(model: LEMMA) -> dict[str, Tensor]:
     names = name_map(model.config)
     state = model.state_dict()
     if nameless := [name for name in state if published_name(name, names) is None]:
-        raise CheckpointError(f"the published network has no place for {_named(nameless)}")
+        raise CheckpointError(f"the published network has no place for {listed(nameless)}")
     renamed = {published_name(name, names) or name: tensor for name, tensor in state.items()}
     # Their position tables are [length, 1, width].
     published = {n: t[:, None] if n.endswith(".pe") else t for n, t in renamed.items()}
@@ -146,7 +174,7 @@ def _from_published_names(
     """Our names for `state`, which must be exactly what the model publishes under `prefix`."""
     names = name_map(model.config)
     expected = {n: t for n, t in to_published(model).items() if n.startswith(prefix)}
-    _check_fit(state, expected)
+    check_fit(state, expected)
     first, second = (f"position_prior.language.{n}_encoder.pe" for n in ("pos", "token"))
     if first in state and not torch.equal(state[first], state[second]):
         raise CheckpointError(f"{first} and {second} differ: the network here has one table")
@@ -160,11 +188,15 @@ def _from_published_names(
 def load_prior(model: LEMMA, *paths: str | Path) -> None:
     """Load published ABINet checkpoints (vision, language, or both in one file) into the prior.
 
-    Nothing is copied unless every file fits. Raises CheckpointError.
+    Where that is a CRNN, load one CRNN checkpoint, published or of ours. Nothing is copied unless
+    every file fits. Raises CheckpointError.
     """
+    if not isinstance(model.prior, TextPrior):
+        _load_crnn(model.prior, *paths)
+        return
     found: dict[str, Tensor] = {}
     for path in map(Path, paths):
-        state = read_published(path)
+        state, _ = read_weights(path)
         state = {f"position_prior.{_prior_part(name, state)}": t for name, t in state.items()}
         # A full ABINet also has a fusion step, which the prior leaves out.
         state = {n: t for n, t in state.items() if not n.startswith("position_prior.alignment.")}
@@ -177,15 +209,23 @@ def load_prior(model: LEMMA, *paths: str | Path) -> None:
     model.load_state_dict(model.state_dict() | found)
 
 
+def _load_crnn(prior: CRNNPrior, *paths: str | Path) -> None:
+    if len(paths) != 1:
+        raise CheckpointError(f"a CRNN is one file, not {len(paths)}")
+    state, metadata = read_weights(paths[0])
+    if metadata.get("recognizer") == CRNN.name:
+        theirs = config_from_json(CRNNConfig, metadata["config"])
+        if theirs != prior.config.crnn:
+            raise CheckpointError(
+                f"{paths[0]}: a CRNN of other sizes: {theirs}; model.crnn is {prior.config.crnn}"
+            )
+    load_strictly(prior.network, state, str(paths[0]))
+
+
 def _prior_part(name: str, state: Mapping[str, Tensor]) -> str:
     if name.split(".")[0] in ("vision", "language", "alignment"):
         return name
     return f"vision.{name}" if "backbone.resnet.conv1.weight" in state else f"language.{name}"
-
-
-def read_published(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `torch.save` file, out of the wrappers that published code uses."""
-    return _tensors(path, _unpickled(path))
 
 
 def _carried_config(content: object) -> LemmaConfig | None:
@@ -193,35 +233,6 @@ def _carried_config(content: object) -> LemmaConfig | None:
     if not isinstance(content, Mapping) or CONFIG_KEY not in content:
         return None
     return LemmaConfig.from_dict(content[CONFIG_KEY])
-
-
-def _unpickled(path: Path) -> object:
-    """What a `torch.save` file holds, if that is tensors and plain values only."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except pickle.UnpicklingError as error:
-        # PyTorch's own message advises to switch this protection off.
-        raise CheckpointError(
-            f"{path}: refused, it is no checkpoint, or holds Python objects beside tensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
-
-
-def _tensors(path: Path, content: object) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
-    state = {str(name).removeprefix("module."): value for name, value in content.items()}
-    if strangers := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(f"{path}: not all entries are tensors: {_named(strangers)}")
-    return state
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -259,7 +270,7 @@ def locate(source: str | Path, **hub_options: Any) -> Path:
     if is_hub_id(name):
         return _download(name, hub_options)
     if _is_file_name(path):
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointMissing(path)
     if not packaged():
         raise CheckpointError(
             f"no weights named {name!r}: this version packages none; pass a file (a published "
@@ -290,7 +301,7 @@ def _download(name: str, options: Mapping[str, Any]) -> Path:
 
 
 def _load_ours(path: Path) -> LEMMA:
-    state, metadata = _read_safetensors(path)
+    state, metadata = read_safetensors(path)
     try:
         if metadata.get("format", FORMAT) != FORMAT:
             raise CheckpointError(f"its format is {metadata['format']!r}, not {FORMAT!r}")
@@ -302,22 +313,11 @@ def _load_ours(path: Path) -> LEMMA:
             raise CheckpointError("it carries no config: it was not written by lemma-fast")
         _check_digest(path, state, metadata)
         model = LEMMA(config)
-        _check_fit(state, model.state_dict())
+        check_fit(state, model.state_dict())
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(_prefixed(path, error)) from error
     model.load_state_dict(state)
     return model
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 @contextmanager
@@ -339,44 +339,6 @@ def _check_digest(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
             f"{path}: damaged, its tensors have SHA-256 {actual}, it says {metadata.get('sha256')}"
         )
     return actual
-
-
-def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless `state` has exactly the names and shapes of `expected`."""
-    problems = []
-    if missing := [name for name in expected if name not in state]:
-        problems.append(f"missing {_named(missing)}")
-    if unexpected := [name for name in state if name not in expected]:
-        problems.append(f"unexpected {_named(unexpected)}")
-    misshapen = [
-        f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if misshapen:
-        problems.append(f"misshapen {_named(misshapen)}")
-    unusable = [
-        f"{name} ({state[name].dtype}, {state[name].layout})"
-        for name, tensor in expected.items()
-        if name in state and not _usable(state[name], tensor)
-    ]
-    if unusable:
-        problems.append(f"unusable {_named(unusable)}")
-    if problems:
-        raise CheckpointError("; ".join(problems))
-
-
-def _usable(tensor: Tensor, like: Tensor) -> bool:
-    """Whether values can be copied: dense, present, and of the same kind of number."""
-    same_kind = tensor.is_floating_point() == like.is_floating_point() and not tensor.is_complex()
-    return tensor.layout == torch.strided and not tensor.is_meta and same_kind
-
-
-def _named(names: Iterable[str]) -> str:
-    """The first ten names, and how many there are."""
-    names = list(names)
-    shown = ", ".join(names[:10])
-    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 10 else ''})"
 
 
 def _prefixed(path: Path, error: Exception) -> str:

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import os
 import signal
 import sys
-import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from lemma_fast import images
+from lemma_fast.cli_report import Report, Unreported
 from lemma_fast.images import Format, Size, image_suffixes, write_atomically
 from lemma_fast.inputs import STDIN, Inputs, Naming, Outcome
 
+if TYPE_CHECKING:
+    import torch
+
+    from lemma_fast.recognizers import Recognizer
+
 _ENDINGS: dict[str, Format] = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
-# Of a whole folder that is skipped or kept, so many names are enough; the rest is counted.
-_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,8 @@ class Request:
     device: str
     dtype: str
     batch_size: int | None
+    accelerate: bool
+    read: str | None
     jsonl: str | None
     quiet: bool
     verbose: bool
@@ -71,9 +71,15 @@ def upscale(request: Request) -> int:
     try:
         with _asking_the_hub(request.model, report):
             upscaler = Upscaler(
-                request.model, request.device, request.dtype, request.batch_size, request.size
+                request.model,
+                request.device,
+                request.dtype,
+                request.batch_size,
+                request.size,
+                accelerate=request.accelerate,
             )
-    except CheckpointError as error:
+        reader = _reader(request.read, upscaler.device)
+    except (CheckpointError, FileNotFoundError) as error:
         report.say(f"error: {error}")
         return 2
     except ValueError as error:
@@ -88,6 +94,7 @@ def upscale(request: Request) -> int:
         request.overwrite,
         request.compare,
         to_stdout=request.output == STDIN,
+        reader=reader,
     )
     with ExitStack() as stack:
         stack.enter_context(_terminable())
@@ -100,10 +107,10 @@ def upscale(request: Request) -> int:
         except (KeyboardInterrupt, SystemExit):
             report.say("interrupted: results that were written are whole, the same call goes on")
             raise
-        except _Unreported as error:
+        except Unreported as error:
             report.say(f"error: {error}; stopped, results that were written are whole")
             return 1
-    return report.close(inputs, request)
+    return report.close(inputs, request.output, request.keep_above)
 
 
 def _nothing(request: Request, inputs: Inputs, report: Report) -> int:
@@ -114,10 +121,20 @@ def _nothing(request: Request, inputs: Inputs, report: Report) -> int:
                 outcome = Outcome(source)
                 outcome.fail(source.absence() or "not there when it was looked for")
                 report.add(outcome)
-    except _Unreported as error:
+    except Unreported as error:
         report.say(f"error: {error}")
-    report.close(inputs, request)
+    report.close(inputs, request.output, request.keep_above)
     return 2
+
+
+def _reader(wanted: str | None, device: torch.device) -> Recognizer | None:
+    """Open the recogniser of NAME or NAME=CHECKPOINT; raises ValueError or FileNotFoundError."""
+    if wanted is None:
+        return None
+    from lemma_fast.recognizers import load_recognizer
+
+    name, _, checkpoint = wanted.partition("=")
+    return load_recognizer(name, checkpoint or None, device=device)
 
 
 @contextmanager
@@ -144,6 +161,8 @@ def _asking_the_hub(model: str, report: Report) -> Iterator[None]:
 def _check(request: Request) -> None:
     if request.quiet and request.verbose:
         raise typer.BadParameter("-q and -v contradict each other")
+    if request.read is not None and not (request.jsonl or request.compare or request.verbose):
+        raise typer.BadParameter("what --read finds is not shown: give --jsonl, --compare or -v")
     if any(mark in request.suffix for mark in (os.sep, os.altsep or os.sep, "\0")):
         raise typer.BadParameter(f"--suffix {request.suffix!r} is not part of a file name")
     to_stdout = request.output == STDIN
@@ -226,16 +245,6 @@ def _lines(request: Request, inputs: Inputs) -> Iterator[TextIO | None]:
             yield file
 
 
-class _Unreported(Exception):
-    """What --jsonl names takes no more lines; the message is one sentence that says why."""
-
-
-def _discard(file: TextIO) -> None:
-    """Let go of what a file did not take, or closing it fails on the same once more."""
-    with suppress(OSError, io.UnsupportedOperation), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), file.fileno())
-
-
 @contextmanager
 def _terminable() -> Iterator[None]:
     """Let a plain kill end the run as Ctrl-C does: running writes are finished."""
@@ -253,140 +262,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@dataclass
-class Report:
-    """Tells a person on standard error, and a program by JSON lines."""
-
-    quiet: bool
-    verbose: bool
-    jsonl: TextIO | None = None
-    counts: Counter[str] = field(default_factory=Counter)
-    console: Console = field(default_factory=lambda: Console(stderr=True))
-    began: float = field(default_factory=time.perf_counter)
-
-    def say(self, text: str) -> None:
-        """Print a line as it is, also beside a progress bar."""
-        self.console.print(
-            _printable(text, self.console.encoding), markup=False, highlight=False, soft_wrap=True
-        )
-
-    def detail(self, text: str) -> None:
-        """Print a line that only -v asks for."""
-        if self.verbose:
-            self.say(text)
-
-    @contextmanager
-    def progress(self, inputs: Inputs) -> Iterator[Callable[[], None]]:
-        """Show a bar where standard error is a terminal; yields the function that moves it on."""
-        if self.quiet or not self.console.is_terminal:
-            yield lambda: None
-            return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task("", total=sum(1 for _ in inputs))
-            yield lambda: bar.advance(task)
-
-    def add(self, outcome: Outcome) -> None:
-        """Report one input."""
-        name = "standard input" if outcome.source.data is not None else str(outcome.source.path)
-        self.counts[outcome.status] += 1
-        if self.jsonl is not None:
-            self._write_line(self.jsonl, as_json(outcome))
-        if outcome.status == "error":
-            self.say(f"error: {name}: {outcome.reason}")
-        elif not self.quiet:
-            self._describe(name, outcome)
-
-    def _write_line(self, file: TextIO, content: dict[str, object]) -> None:
-        try:
-            file.write(json.dumps(content) + "\n")
-            file.flush()
-        except BrokenPipeError:
-            # Whoever read has enough: typer ends the run as every filter ends then.
-            raise
-        except OSError as error:
-            _discard(file)
-            raise _Unreported(f"cannot write --jsonl: {images.reason(error)}") from None
-
-    def _describe(self, name: str, outcome: Outcome) -> None:
-        for note in outcome.notes:
-            self.say(f"note: {name}: {note}")
-        if outcome.status == "ok":
-            said = f'"{outcome.text}"' if outcome.text else "no text"
-            self.detail(f"{name} -> {outcome.output or 'standard output'} ({said})")
-            return
-        seen = self.counts[outcome.status]
-        if self.verbose or seen <= _NAMES_SHOWN:
-            why = outcome.reason or f"{_size(outcome.input_size)} is legible already, copied"
-            self.say(f"{outcome.status}: {name}: {why}")
-        elif seen == _NAMES_SHOWN + 1:
-            self.say(f"{outcome.status}: further ones are only counted (-v names them)")
-
-    def close(self, inputs: Inputs, request: Request) -> int:
-        """Print the summary; returns the exit code."""
-        for name in inputs.not_images:
-            self.detail(f"left out: {name}: no image, by its ending")
-        for name in inputs.earlier:
-            self.detail(f"left out: {name}: an earlier result")
-        if not self.quiet:
-            if self.counts["kept"]:
-                self.say(
-                    f"Kept crops are taller than {request.keep_above} pixels; "
-                    "--keep-above 0 upscales them too."
-                )
-            self.say(self._summary(inputs, request.output))
-        return int(self.counts["error"] > 0)
-
-    def _summary(self, inputs: Inputs, output: str | None) -> str:
-        counts = self.counts
-        parts = [f"{counts['ok']} upscaled"]
-        parts += [f"{counts[status]} {status}" for status in ("kept", "skipped") if counts[status]]
-        if counts["error"]:
-            parts.append(f"{counts['error']} failed")
-        if inputs.earlier:
-            parts.append(f"{_number(len(inputs.earlier), 'earlier result')} left out")
-        if inputs.not_images:
-            parts.append(f"{_number(len(inputs.not_images), 'other file')} left out")
-        text = f"{', '.join(parts)}, in {time.perf_counter() - self.began:.1f} s"
-        if counts["ok"] + counts["kept"]:
-            where = {None: "beside the inputs", STDIN: "to standard output"}
-            text += f"; written {where.get(output, f'to {output}')}"
-        return text + "."
-
-
-def as_json(outcome: Outcome) -> dict[str, object]:
-    """Build the JSON line of one input."""
-    return {
-        "input": str(outcome.source.path),
-        "status": outcome.status,
-        "output": _text(outcome.output),
-        "compare": _text(outcome.compare),
-        "error": outcome.reason if outcome.status == "error" else None,
-        "reason": outcome.reason if outcome.status == "skipped" else None,
-        "input_size": outcome.input_size,
-        "output_size": outcome.output_size,
-        "ms": round(outcome.milliseconds, 2),
-        "text": outcome.text,
-        "length": outcome.length,
-        "notes": outcome.notes,
-    }
-
-
-def _number(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
-
-
-def _printable(text: str, encoding: str) -> str:
-    """Escape what a file's name may hold, but a terminal cannot show or would obey."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def _size(size: tuple[int, int] | None) -> str:
-    return "its size" if size is None else f"{size[0]}x{size[1]}"

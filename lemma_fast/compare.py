@@ -30,19 +30,27 @@ def picture(
     attention: npt.NDArray[np.float32],
     text: str,
     input_size: tuple[int, int],
+    read: tuple[str, str] | None = None,
 ) -> Image.Image:
     """Draw one row of four panels with captions.
 
     `before` [RGB] the input, which may have been reduced from `input_size`; `after` [RGB] the
-    result, `attention` [H, W] not negative, `text` the prior's guess.
+    result, `attention` [H, W] not negative, `text` the prior's guess, `read` what a recogniser
+    reads in the bicubic crop and in the result.
     """
+    enlarged, ours = f"bicubic {after.width}x{after.height}", "lemma-fast"
+    if read is not None:
+        enlarged, ours = (
+            f"{words}: {said or '(no text)'}"
+            for words, said in zip((enlarged, ours), read, strict=True)
+        )
     panel = panel_size(after.size)
     plain = resize(before, after.size)
     nearest = Image.Resampling.NEAREST
     panels = [
         (before.resize(panel, nearest), f"input {input_size[0]}x{input_size[1]}"),
-        (plain.resize(panel, nearest), f"bicubic {after.width}x{after.height}"),
-        (after.resize(panel, nearest), "lemma-fast"),
+        (plain.resize(panel, nearest), enlarged),
+        (after.resize(panel, nearest), ours),
         (overlay(before.resize(panel, nearest), attention), f"attention: {text or '(no text)'}"),
     ]
     # Where a panel is narrow its caption sets the column's width.

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Alignment = Literal["none", "unidirectional", "bidirectional"]
+TextPriorKind = Literal["abinet", "crnn"]
+#: Characters that a CRNN knows, and the steps that it reads a crop in.
+CRNN_CHARACTERS = string.digits + string.ascii_lowercase
+CRNN_STEPS = 26
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,38 @@ class PriorConfig:
             raise ValueError(f"prior width {self.width} is not divisible by {self.heads} heads")
 
 
+@dataclass(frozen=True, slots=True)
+class CRNNConfig:
+    """Sizes of a CRNN, the recogniser and the prior; the defaults are the published ones.
+
+    `corrected` normalises the input by (x - 0.5) / 0.5, as the upstream training did. The
+    published evaluation of super-resolution feeds it without, and its tables depend on that, so
+    that is the default.
+    """
+
+    channels: tuple[int, int, int, int, int, int, int] = (64, 128, 256, 256, 512, 512, 512)
+    hidden: int = 256
+    corrected: bool = False
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        if len(self.channels) != 7:
+            raise ValueError(f"crnn.channels has {len(self.channels)} entries, not 7")
+
+    @classmethod
+    def small(cls) -> CRNNConfig:
+        """Return sizes that train on a CPU (0.7 M parameters), input normalised."""
+        return cls((16, 32, 64, 64, 128, 128, 128), hidden=96, corrected=True)
+
+
 @dataclass(frozen=True)
 class LemmaConfig:
     """The network's sizes and switches; the defaults are the paper's (`LemmaConfig.base()`).
 
     Ablations: Table 1 `character_attention`, `feature_selection`; Table 2 `alignment`; Table 4
     `location_enhancement`, `multimodal_alignment`, `adaptive_fusion` (False: concatenation);
-    Table 7 `expansion`, `pixel_to_region`. Raises ValueError where values contradict each other.
+    Table 7 `expansion`, `pixel_to_region`; section 4.6 `text_prior`, which is ABINet of the sizes
+    in `prior`, or a CRNN of those in `crnn`. Raises ValueError where values contradict each other.
     """
 
     height: int = 16
@@ -77,6 +108,8 @@ class LemmaConfig:
     control_points: int = 20
     rectification: bool = True
     prior: PriorConfig = field(default_factory=PriorConfig)
+    text_prior: TextPriorKind = "abinet"
+    crnn: CRNNConfig = field(default_factory=CRNNConfig)
 
     character_attention: bool = True
     feature_selection: bool = True
@@ -103,6 +136,18 @@ class LemmaConfig:
         keep = self.location_enhancement and self.feature_selection
         return self.num_selected if keep else self.height * self.width
 
+    def spell(self, classes: Sequence[int]) -> str:
+        """Text of the best classes [T] of the prior's `text_logits`.
+
+        They end at the first 0; those of a CRNN are CTC steps, where 0 stands between characters
+        and a repeat is the same character still.
+        """
+        if self.text_prior == "crnn":
+            kept = [name for name, _ in itertools.groupby(classes) if name]
+        else:
+            kept = list(itertools.takewhile(bool, classes))
+        return "".join(self.charset[name - 1] for name in kept)
+
     def __post_init__(self) -> None:
         _check_sizes(self)
         if len(set(self.charset)) != len(self.charset) or not self.charset:
@@ -124,6 +169,17 @@ class LemmaConfig:
             raise ValueError(f"min_length {self.min_length} is not in 1..{self.max_length}")
         if self.alignment not in ("none", "unidirectional", "bidirectional"):
             raise ValueError(f"alignment {self.alignment!r} is not one of {get_args(Alignment)}")
+        if self.text_prior not in get_args(TextPriorKind):
+            raise ValueError(
+                f"text_prior {self.text_prior!r} is not one of {get_args(TextPriorKind)}"
+            )
+        if self.text_prior == "crnn" and (
+            self.max_length != CRNN_STEPS or sorted(self.charset) != sorted(CRNN_CHARACTERS)
+        ):
+            raise ValueError(
+                f"a CRNN reads {CRNN_CHARACTERS!r} in {CRNN_STEPS} steps, "
+                f"not {self.charset!r} in {self.max_length}"
+            )
         grid = self.prior.reduction
         if (2 * self.height) % grid or (2 * self.width) % grid:
             raise ValueError(f"{self.height}x{self.width} does not fit prior strides {grid}")
@@ -163,14 +219,19 @@ class LemmaConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> LemmaConfig:
         """Inverse of `to_dict`; raises ValueError that names unknown entries."""
-        prior = values.get("prior", {})
-        if not isinstance(prior, Mapping):
-            raise ValueError(f"config entry 'prior' must be a table, got {prior!r}")
-        sizes = PriorConfig(**_entries(PriorConfig, prior))
-        return cls(**_entries(cls, {**values, "prior": sizes}))
+        tables = {}
+        for name, kind in _TABLES.items():
+            table = values.get(name, {})
+            if not isinstance(table, Mapping):
+                raise ValueError(f"config entry {name!r} must be a table, got {table!r}")
+            tables[name] = kind(**_entries(kind, table))
+        return cls(**_entries(cls, {**values, **tables}))
 
 
-def _check_sizes(config: PriorConfig | LemmaConfig) -> None:
+_TABLES: dict[str, type[PriorConfig | CRNNConfig]] = {"prior": PriorConfig, "crnn": CRNNConfig}
+
+
+def _check_sizes(config: PriorConfig | CRNNConfig | LemmaConfig) -> None:
     """Sizes are positive whole numbers, switches and text what their defaults are."""
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -184,8 +245,8 @@ def _check_sizes(config: PriorConfig | LemmaConfig) -> None:
 
 
 def _kind(entry: dataclasses.Field[Any]) -> type:
-    if entry.name == "prior":
-        return PriorConfig
+    if entry.name in _TABLES:
+        return _TABLES[entry.name]
     default = entry.default
     return type(default[0] if isinstance(default, tuple) else default)
 

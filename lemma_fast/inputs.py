@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lemma_fast.images import Format, image_suffixes, reason
+
+if TYPE_CHECKING:
+    from lemma_fast.recognizers import Reading
 
 Status = Literal["ok", "kept", "skipped", "error"]
 
@@ -53,7 +56,10 @@ class Source:
 
 @dataclass
 class Outcome:
-    """What became of one input. `output` is None where nothing was written to a file."""
+    """What became of one input. `output` is None where nothing was written to a file.
+
+    `before` and `after` are what a recogniser read in the bicubic crop and in the result.
+    """
 
     source: Source
     status: Status = "ok"
@@ -65,6 +71,8 @@ class Outcome:
     milliseconds: float = 0.0
     text: str | None = None
     length: int | None = None
+    before: Reading | None = None
+    after: Reading | None = None
     notes: list[str] = field(default_factory=list)
 
     def fail(self, reason: str) -> None:

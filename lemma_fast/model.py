@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -15,6 +15,19 @@ from lemma_fast.guidance import Guidance
 from lemma_fast.ops import Operations, reference
 from lemma_fast.recognizer import ConvNorm, Prior, TextPrior
 from lemma_fast.rectify import Rectifier
+
+if TYPE_CHECKING:
+    from lemma_fast.crnn_prior import CRNNPrior
+
+
+def text_prior(config: LemmaConfig) -> TextPrior | CRNNPrior:
+    """Build the prior that `config.text_prior` names."""
+    if config.text_prior == "crnn":
+        # The recognisers are needed for this one alone.
+        from lemma_fast.crnn_prior import CRNNPrior
+
+        return CRNNPrior(config)
+    return TextPrior(config)
 
 
 class LEMMA(
@@ -35,7 +48,7 @@ class LEMMA(
         self.config = config = config or LemmaConfig.base()
         channels = config.channels
         self.rectifier = Rectifier(config) if config.rectification else None
-        self.prior = TextPrior(config)
+        self.prior = text_prior(config)
         self.stem = nn.Conv2d(config.in_channels, channels, 9, padding=4)
         self.stem_act = nn.PReLU()
         self.guidance = Guidance(config, ops)

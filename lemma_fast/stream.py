@@ -21,11 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from lemma_fast import compare, images
 from lemma_fast.images import Frame, ImageError, Size
 from lemma_fast.inputs import Inputs, Naming, Outcome, Source, real
+from lemma_fast.recognizers import Recognizer
 from lemma_fast.upscale import Inferred, Upscaler
 
 _WORKERS = min(8, (os.cpu_count() or 1) + 1)
@@ -53,7 +56,8 @@ class Stream:
     """Upscales every input; iterate over it for the outcomes.
 
     Crops taller than `keep_above` pixels are copied unchanged (0: never). With `to_stdout` the
-    result's bytes go to standard output instead of a file.
+    result's bytes go to standard output instead of a file. `reader` reads every crop before, as
+    bicubic makes it as large as the network's result, and after.
     """
 
     inputs: Inputs
@@ -64,6 +68,7 @@ class Stream:
     overwrite: bool = False
     compare: bool = False
     to_stdout: bool = False
+    reader: Recognizer | None = None
 
     def __post_init__(self) -> None:
         self._queue: deque[_Item] = deque()
@@ -206,11 +211,28 @@ class Stream:
             else:
                 item.future = self._writers.submit(self._write, item, said)
 
+    def _read_both(
+        self, batch: list[_Item], planes: npt.NDArray[np.float32], results: list[Inferred]
+    ) -> None:
+        """Let the recogniser read the batch twice; the crops before in bicubic's enlargement."""
+        if self.reader is None:
+            return
+        width, height = self.upscaler.native
+        small = torch.from_numpy(planes[:, :3]).to(self.upscaler.device)
+        before = F.interpolate(small, (height, width), mode="bicubic").clamp(0, 1)
+        pixels = torch.from_numpy(np.stack([said.pixels for said in results]))
+        after = pixels.to(self.upscaler.device).permute(0, 3, 1, 2).float() / 255
+        both = zip(self.reader.read(before), self.reader.read(after), strict=True)
+        for item, (first, second) in zip(batch, both, strict=True):
+            item.outcome.before, item.outcome.after = first, second
+
     def _infer(self, batch: list[_Item]) -> list[Inferred | str]:
         """Run the network; a batch that fails is halved, so that at worst single files are lost."""
-        planes = [item.planes for item in batch if item.planes is not None]
+        planes = np.stack([item.planes for item in batch if item.planes is not None])
         try:
-            return list(self.upscaler.infer(np.stack(planes)))
+            results = list(self.upscaler.infer(planes))
+            self._read_both(batch, planes, results)
+            return [*results]
         except (RuntimeError, MemoryError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
         if len(batch) == 1:
@@ -252,6 +274,7 @@ class Stream:
                     said.attention,
                     said.text,
                     outcome.input_size or item.preview.size,
+                    _texts(outcome),
                 )
                 images.write_atomically(path, images.encode(sheet, "png"))
         except (OSError, ValueError, MemoryError) as error:
@@ -289,6 +312,12 @@ class Stream:
         else:
             images.write_atomically(item.target, data)
             item.outcome.output = item.target
+
+
+def _texts(outcome: Outcome) -> tuple[str, str] | None:
+    if outcome.before is None or outcome.after is None:
+        return None
+    return outcome.before.text, outcome.after.text
 
 
 def _own_ending(source: Source, found: str | None) -> str:

@@ -48,7 +48,10 @@ def train(
     ] = None,
     stage: Annotated[
         str,
-        typer.Option(help="prior, text_focus, crnn, lemma; all: what the config has, in order."),
+        typer.Option(
+            help="prior, text_focus, crnn, lemma, srcnn, srresnet, tsrn; all: what the config has, "
+            "in order."
+        ),
     ] = "all",
     max_minutes: Annotated[
         Optional[float],  # noqa: UP045
@@ -135,14 +138,18 @@ def evaluate(
         typer.Argument(metavar="DATA", help="LMDBs, or folders with a table of labels."),
     ],
     model: Annotated[
-        str, typer.Option(help="As of `lemma-fast upscale`: a packaged name, a file, a Hub id.")
+        str,
+        typer.Option(
+            help="As of `lemma-fast upscale`: a packaged name, a file, a Hub id; also a trained "
+            "baseline's file, or bicubic."
+        ),
     ] = "small",
     recognizer: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help="Who reads: crnn=CHECKPOINT, text_focus=CHECKPOINT, tesseract, "
-            "prior (the network's own), joined by commas; empty for none.",
+            help="Who reads: abinet, aster, crnn, matrn, moran, parseq or text_focus, each with "
+            "=CHECKPOINT; tesseract; prior (the network's own); joined by commas; empty for none.",
         ),
     ] = "prior",
     protocol: Annotated[
@@ -168,6 +175,20 @@ def evaluate(
         typer.Option(min=1, help="Only the first crops of each set.", show_default=False),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes of tesseract.")] = 1,
+    cache: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Where texts that were read in bicubic and true crops are kept: another network "
+            "on the same crops pays for its own results alone. Default: lemma-fast/readings in "
+            "$XDG_CACHE_HOME or ~/.cache.",
+            show_default=False,
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Read everything, keep nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
     """Compare bicubic, super-resolved and true crops: what is read, PSNR and SSIM."""
@@ -175,27 +196,37 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    import lemma_fast
+    from lemma_fast.baselines import open_network
     from lemma_fast.training import report
     from lemma_fast.training.evaluate import Protocol, measure, open_readers
     from lemma_fast.training.inspect import open_pairs
+    from lemma_fast.training.readings import default_folder, open_readings
     from lemma_fast.training.summary import subset_name, summarize
 
     if protocol not in ("corrected", "official"):
         raise typer.BadParameter(f"--protocol is corrected or official, not {protocol}")
+    if cache is not None and no_cache:
+        raise typer.BadParameter("--cache and --no-cache contradict each other")
     kind = cast(Protocol, protocol)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
     try:
         names = [subset_name(path) for path in data]
         if len(set(names)) < len(names):
             names = [str(path) for path in data]
-        network = lemma_fast.load(model, device=device)
+        network = open_network(model, device=device)
         readers = open_readers(recognizer, network, device, jobs)
         sets = [open_pairs(path) for path in data]
         for crops in sets:
-            crops.check()
+            # Decoded once, here, where damaged records are left out.
+            crops.load()
+        folder = cache or default_folder()
+        known = {} if no_cache else open_readings(readers, folder, say)
         total = sum(min(limit or len(crops), len(crops)) for crops in sets)
         bar = Progress(console=console, transient=True) if console.is_terminal else None
         with bar or nullcontext():
@@ -215,6 +246,7 @@ def evaluate(
                     batch_size=batch_size,
                     limit=limit,
                     progress=advance,
+                    known=known,
                 )
                 for name, crops in zip(names, sets, strict=True)
             ]

@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemma_fast.baselines import Baseline, device_of, super_resolve
+from lemma_fast.crnn_prior import CRNNPrior
 from lemma_fast.model import LEMMA
 from lemma_fast.recognizer import Prior, TextPrior
 from lemma_fast.recognizers import Reading, Recognizer, list_recognizers, load_recognizer
-from lemma_fast.recognizers.charset import PRIOR
 from lemma_fast.training.data import HR_SIZE, PairDataset, with_mask
 from lemma_fast.training.metrics import FloatArray, official_psnr, official_ssim, psnr, ssim
+from lemma_fast.training.readings import Readings, crop_keys
 
 Protocol = Literal["corrected", "official"]
 #: What is compared, in the order of every table.
@@ -35,23 +37,25 @@ class PriorReader:
 
     name = "prior"
 
-    def __init__(self, prior: TextPrior) -> None:
+    def __init__(self, prior: TextPrior | CRNNPrior) -> None:
         self.prior = prior
 
     @torch.no_grad()
     def read(self, images: Tensor) -> list[Reading]:
-        """Read RGB `images` (N, 3, H, W); the confidence is that of the characters and the end."""
+        """Read RGB `images` (N, 3, H, W); the confidence is that of all valid positions."""
         found, _ = self.prior(images)
         best, ids = found.text_logits.float().softmax(-1).max(-1)
         index = torch.arange(ids.shape[1], device=ids.device)
         sure = torch.where(index < found.pt_lengths[:, None], best, 1.0).prod(1)
         return [
-            Reading(PRIOR.decode(row), confidence, tuple(row))
+            Reading(self.prior.config.spell(row), confidence, tuple(row))
             for row, confidence in zip(ids.tolist(), sure.tolist(), strict=True)
         ]
 
 
-def open_readers(wanted: str, model: LEMMA, device: str, jobs: int = 1) -> dict[str, Recognizer]:
+def open_readers(
+    wanted: str, model: LEMMA | Baseline, device: str, jobs: int = 1
+) -> dict[str, Recognizer]:
     """Recognisers of `crnn=CHECKPOINT,tesseract,prior`; raises ValueError or OSError."""
     readers: dict[str, Recognizer] = {}
     for item in filter(None, (part.strip() for part in wanted.split(","))):
@@ -59,6 +63,11 @@ def open_readers(wanted: str, model: LEMMA, device: str, jobs: int = 1) -> dict[
         if name in readers:
             raise ValueError(f"recogniser {name} is given twice")
         if name == "prior":
+            if isinstance(model, Baseline):
+                raise ValueError(
+                    f"{model.config.name} has no prior that reads: name other recognisers, "
+                    "--recognizer crnn=CHECKPOINT,tesseract, or none, --recognizer ''"
+                )
             readers[name] = PriorReader(model.prior)
         elif name not in list_recognizers():
             raise ValueError(
@@ -95,16 +104,18 @@ class Subset:
 
 
 class Views(NamedTuple):
-    """Each row's RGB images of a batch as recognisers see them, and the network's prior."""
+    """Each row's RGB images of a batch as recognisers see them, and the network's prior, if any."""
 
     images: dict[str, Tensor]
-    prior: Prior
+    prior: Prior | None
 
 
 @torch.no_grad()
-def views(model: LEMMA, lr: Tensor, hr: Tensor, protocol: Protocol = "corrected") -> Views:
+def views(
+    model: LEMMA | Baseline, lr: Tensor, hr: Tensor, protocol: Protocol = "corrected"
+) -> Views:
     """Pictures of all rows for uint8 `lr` [N, 3, 16, 64] and `hr` [N, 3, 32, 128]."""
-    sr, prior = model(with_mask(lr))
+    sr, prior = super_resolve(model, with_mask(lr))
     sr, small, true = sr[:, :3].float(), lr.float() / 255, hr.float() / 255
     if protocol == "official":
         return Views({"bicubic": small, "SR": sr, "HR": true}, prior)
@@ -117,7 +128,7 @@ def enlarged(lr: Tensor) -> Tensor:
 
 
 def measure(
-    model: LEMMA,
+    model: LEMMA | Baseline,
     name: str,
     crops: PairDataset,
     readers: Mapping[str, Recognizer],
@@ -126,22 +137,35 @@ def measure(
     batch_size: int = OFFICIAL_BATCH,
     limit: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    known: Mapping[str, Readings] | None = None,
 ) -> Subset:
-    """Go through a test set once, every row and recogniser; `progress` gets the crops done."""
-    device = next(model.parameters()).device
+    """Go through a test set once, every row and recogniser; `progress` gets the crops done.
+
+    A crop is decoded once, goes through the network once, and is read once a row; bicubic and true
+    crops only where `known`, by reader, does not have their texts. What is read there is added and
+    saved, also where the evaluation is interrupted.
+    """
+    device = device_of(model)
     count = len(crops) if limit is None else min(limit, len(crops))
     rows = {row: Row(texts={reader: [] for reader in readers}) for row in ROWS}
     subset = Subset(name, [], rows, len(crops.skipped))
     gains: list[FloatArray] = []
-    with _evaluating(model):
+    known = known or {}
+    with _evaluating(model), _saving(known):
         for start in range(0, count, batch_size):
             lr, hr, labels, _ = crops.raw(range(start, min(start + batch_size, count)))
             subset.labels += labels
             seen = views(model, lr.to(device), hr.to(device), protocol).images
+            # What a row's pictures are made of, where that is not the network.
+            keys = {"bicubic": crop_keys(lr), "HR": crop_keys(hr)} if known else {}
             for row, images in seen.items():
-                for reader in readers:
-                    texts = [reading.text for reading in readers[reader].read(images)]
-                    rows[row].texts[reader] += texts
+                for who, reader in readers.items():
+                    if who in known and row in keys:
+                        place = f"{row} {protocol}" if row == "bicubic" else row
+                        texts = known[who].read(reader, place, keys[row], images)
+                    else:
+                        texts = [reading.text for reading in reader.read(images)]
+                    rows[row].texts[who] += texts
             gains.append(_compare(rows, seen, protocol))
             progress(len(labels))
     subset.gain = np.concatenate(gains) if gains else np.empty(0)
@@ -164,6 +188,15 @@ def _compare(rows: Mapping[str, Row], seen: Mapping[str, Tensor], protocol: Prot
             rows[row].ssim += ssim(images, true).cpu().double().tolist()
     gain: FloatArray = by_crop["SR"] - by_crop["bicubic"]
     return gain
+
+
+@contextmanager
+def _saving(known: Mapping[str, Readings]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for readings in known.values():
+            readings.save()
 
 
 @contextmanager

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lemma_fast import checkpoint
+from lemma_fast import baselines, checkpoint
 from lemma_fast.atomic import replacing
+from lemma_fast.baselines import Baseline
 from lemma_fast.config import LemmaConfig
+from lemma_fast.crnn_prior import CRNNPrior
 from lemma_fast.model import LEMMA
 from lemma_fast.recognizer import TextPrior
 from lemma_fast.recognizers import CRNN, TextFocus
@@ -22,6 +24,7 @@ from lemma_fast.recognizers.base import (
     read_weights,
     save_weights,
 )
+from lemma_fast.training.interpolation import start_from_interpolation
 from lemma_fast.training.settings import Settings
 from lemma_fast.training.typed import SettingsError
 
@@ -51,7 +54,16 @@ def save_lemma(network: LEMMA, path: Path, provenance: Mapping[str, str], dtype:
     checkpoint.save(copied, path, provenance)
 
 
-def save_prior(network: TextPrior, path: Path, provenance: Mapping[str, str], dtype: str) -> None:
+def save_baseline(network: Baseline, path: Path, provenance: Mapping[str, str], dtype: str) -> None:
+    """Write a baseline that `baselines.open_network` opens."""
+    copied = stored(network, dtype)
+    assert isinstance(copied, Baseline)
+    baselines.save_baseline(copied, path, provenance)
+
+
+def save_prior(
+    network: TextPrior | CRNNPrior, path: Path, provenance: Mapping[str, str], dtype: str
+) -> None:
     """Write a prior that `start.prior` takes."""
     copied = stored(network, dtype)
     metadata = {
@@ -70,9 +82,15 @@ def save_recognizer(
     save_weights(stored(network, dtype), path, {**metadata, **provenance})
 
 
-def start(network: LEMMA | TextPrior | TextFocus | CRNN, settings: Settings) -> None:
+def start(
+    network: LEMMA | Baseline | TextPrior | CRNNPrior | TextFocus | CRNN, settings: Settings
+) -> None:
     """Load what `settings.start` names into a fresh network; raises SettingsError."""
     wanted = settings.start
+    if wanted.interpolation:
+        if not isinstance(network, LEMMA):
+            raise SettingsError(f"start.interpolation means nothing to stage {settings.stage}")
+        start_from_interpolation(network)
     try:
         if wanted.weights is not None:
             path = settings.path(wanted.weights)
@@ -90,7 +108,7 @@ def start(network: LEMMA | TextPrior | TextFocus | CRNN, settings: Settings) -> 
 
 
 def load_prior(network: LEMMA, paths: Sequence[Path]) -> None:
-    """Load a prior of ours (alone, or in a whole network), or published ABINet files.
+    """Load a prior of ours (alone, or in a whole network), published ABINet files, or a CRNN.
 
     Raises ValueError that names what does not fit.
     """
@@ -102,11 +120,17 @@ def load_prior(network: LEMMA, paths: Sequence[Path]) -> None:
     (path,) = paths
     state, metadata = read_weights(path)
     if metadata.get("format") == PRIOR_FORMAT:
-        theirs = LemmaConfig.from_dict(json.loads(metadata["config"])).prior
-        if theirs != network.config.prior:
+        theirs, wanted = (
+            (config.text_prior, config.crnn if config.text_prior == "crnn" else config.prior)
+            for config in (LemmaConfig.from_dict(json.loads(metadata["config"])), network.config)
+        )
+        if theirs != wanted:
             raise SettingsError(
-                f"{path} is a prior of other sizes: {theirs}; model.prior is {network.config.prior}"
+                f"{path} is a prior of other sizes: {theirs}; the network's is {wanted}"
             )
+    elif metadata.get("recognizer") == CRNN.name:
+        checkpoint.load_prior(network, path)
+        return
     else:
         head = "prior."
         state = {k.removeprefix(head): v for k, v in state.items() if k.startswith(head)}

@@ -247,13 +247,14 @@ class LemmaLoss(nn.Module):
         hr: Tensor,
         labels: FocusLabels | None = None,
         prior: PriorLogits | None = None,
-        label_ids: Tensor | None = None,
+        label_ids: Tensor | CTCLabels | None = None,
     ) -> LossTerms:
         """Return the total, not scaled by `LOSS_SCALE`, and its terms.
 
         `sr`, `hr` are (N, 4, 32, 128), `labels` from `encode_focus_labels`, `prior` what the
-        model returned beside `sr`, `label_ids` (N, T) from `encode_prior_labels`. Without
-        `prior` there is no fine-tuning term, without a recogniser no text-focus terms.
+        model returned beside `sr`, `label_ids` (N, T) from `encode_prior_labels`, or CTC labels
+        in the prior's classes, which make the fine-tuning term CTC's. Without `prior` there is no
+        fine-tuning term, without a recogniser no text-focus terms.
         """
         weights = self.weights
         terms = self.text_focus(sr, hr, labels, pixels_only=weights.text_focus == 0)
@@ -261,13 +262,16 @@ class LemmaLoss(nn.Module):
         if prior is not None and weights.fine_tune != 0:
             if label_ids is None:
                 raise ValueError("the fine-tuning loss needs label_ids beside the prior")
-            fine_tune = fine_tune_loss(
-                prior.img_logits,
-                prior.text_logits,
-                label_ids,
-                double_softmax=self.double_softmax,
-                include_padding=self.fine_tune_padding,
-            )
+            if isinstance(label_ids, CTCLabels):
+                fine_tune = crnn_ctc_loss(prior.text_logits.transpose(0, 1), label_ids)
+            else:
+                fine_tune = fine_tune_loss(
+                    prior.img_logits,
+                    prior.text_logits,
+                    label_ids,
+                    double_softmax=self.double_softmax,
+                    include_padding=self.fine_tune_padding,
+                )
         text = weights.attention * terms.attention + weights.confusion * terms.confusion
         total = weights.pixel * terms.pixel + weights.text_focus * text
         total = total + weights.fine_tune * fine_tune

@@ -17,6 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from torch import Tensor
 
+from lemma_fast.baselines import Baseline, device_of
 from lemma_fast.compare import overlay
 from lemma_fast.model import LEMMA
 from lemma_fast.recognizer import Prior
@@ -191,17 +192,20 @@ def notable(subsets: Sequence[Subset], count: int = 4) -> dict[str, list[tuple[i
 
 
 def contact_sheet(
-    model: LEMMA,
+    model: LEMMA | Baseline,
     subsets: Sequence[Subset],
     sets: Sequence[PairDataset],
     readers: Mapping[str, Recognizer],
     count: int = 4,
 ) -> Image.Image:
-    """Input, bicubic, SR, HR and attention of notable crops, with the strings that were read."""
+    """Input, bicubic, SR, HR and attention of notable crops, with the strings that were read.
+
+    A baseline has no attention to show.
+    """
     groups = notable(subsets, count)
     chosen = [(group, *place) for group, places in groups.items() for place in places]
     height = _PANEL[1] + _LINE * max(1, len(readers)) + _GAP
-    titles = ("input", *ROWS, "attention")
+    titles = ("input", *ROWS, *(() if isinstance(model, Baseline) else ("attention",)))
     width = _HEAD + (_PANEL[0] + _GAP) * len(titles)
     sheet = Image.new("RGB", (width, 2 * _LINE + _GAP + height * len(chosen)), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
@@ -229,14 +233,16 @@ def attention(prior: Prior) -> npt.NDArray[np.float32]:
     return shown
 
 
-def _panels(model: LEMMA, crops: PairDataset, index: int) -> list[Image.Image]:
+def _panels(model: LEMMA | Baseline, crops: PairDataset, index: int) -> list[Image.Image]:
     lr, hr, _, _ = crops.raw([index])
-    device = next(model.parameters()).device
+    device = device_of(model)
     seen = views(model, lr.to(device), hr.to(device))
     small = _picture(lr[0].float() / 255)
     shown = [small, *(_picture(seen.images[row][0]) for row in ROWS)]
     nearest = Image.Resampling.NEAREST
     panels = [image.resize(_PANEL, nearest) for image in shown]
+    if seen.prior is None:
+        return panels
     return [*panels, overlay(small.resize(_PANEL, nearest), attention(seen.prior))]
 
 

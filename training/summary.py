@@ -25,6 +25,8 @@ from lemma_fast.training.metrics import (
 
 #: The name of the average over all subsets.
 AVERAGE = "average"
+#: Values of each column crop by crop, and what to divide their sum by where that is not the crops.
+Series = dict[str, tuple[FloatArray, FloatArray | None]]
 
 
 class Value(NamedTuple):
@@ -75,16 +77,17 @@ def summarize(
     )
     draws = _Draws(resamples)
     readers = list(subsets[0].rows["SR"].texts)
+    series = {subset.name: {row: _series(subset, row) for row in ROWS} for subset in subsets}
     table = {
-        subset.name: {row: _numbers(subset, row, protocol, draws) for row in ROWS}
-        for subset in subsets
+        name: {row: _numbers(found[row], protocol, draws) for row in ROWS}
+        for name, found in series.items()
     }
-    gain = {subset.name: _gain([subset], readers, protocol, draws) for subset in subsets}
+    gain = {name: _gain({name: found}, readers, protocol, draws) for name, found in series.items()}
     if len(subsets) > 1:
         table[AVERAGE] = {
-            row: _average(subsets, table, row, official, protocol, draws) for row in ROWS
+            row: _average(crops, series, table, row, official, protocol, draws) for row in ROWS
         }
-        gain[AVERAGE] = _gain(subsets, readers, protocol, draws, official)
+        gain[AVERAGE] = _gain(series, readers, protocol, draws, official)
     columns = [f"{reader} {what}" for reader in readers for what in ("accuracy", "CER", "1-NED")]
     return Summary(
         protocol,
@@ -117,10 +120,10 @@ class _Draws:
         return Value(*textzoom_interval(values, resamples=self.resamples))
 
 
-def _series(subset: Subset, row: str) -> dict[str, tuple[FloatArray, FloatArray | None]]:
-    """Values of each column crop by crop, and what to divide their sum by where not by crops."""
+def _series(subset: Subset, row: str) -> Series:
+    """All columns of a row."""
     result = subset.rows[row]
-    series: dict[str, tuple[FloatArray, FloatArray | None]] = {}
+    series: Series = {}
     for reader, texts in result.texts.items():
         edits = edit_scores(texts, subset.labels)
         series[f"{reader} accuracy"] = word_hits(texts, subset.labels), None
@@ -132,9 +135,9 @@ def _series(subset: Subset, row: str) -> dict[str, tuple[FloatArray, FloatArray 
     return series
 
 
-def _numbers(subset: Subset, row: str, protocol: Protocol, draws: _Draws) -> dict[str, Value]:
+def _numbers(series: Series, protocol: Protocol, draws: _Draws) -> dict[str, Value]:
     numbers = {}
-    for column, (values, counts) in _series(subset, row).items():
+    for column, (values, counts) in series.items():
         if protocol == "official":
             numbers[column] = Value(_official_mean(column, values, counts))
         else:
@@ -151,7 +154,8 @@ def _official_mean(column: str, values: FloatArray, counts: FloatArray | None) -
 
 
 def _average(
-    subsets: Sequence[Subset],
+    crops: Mapping[str, int],
+    series: Mapping[str, Mapping[str, Series]],
     table: Mapping[str, Mapping[str, Mapping[str, Value]]],
     row: str,
     official: bool,
@@ -159,9 +163,9 @@ def _average(
     draws: _Draws,
 ) -> dict[str, Value]:
     """Means over subsets; over all crops as one set, or by TextZoom's weights."""
-    parts = {subset.name: _series(subset, row) for subset in subsets}
+    parts = {name: found[row] for name, found in series.items()}
     numbers = {}
-    for column in parts[subsets[0].name]:
+    for column in next(iter(parts.values())):
         means = {name: table[name][row][column].mean for name in parts}
         if official and column.endswith("CER"):
             numbers[column] = Value(textzoom_average(means))
@@ -172,7 +176,7 @@ def _average(
                 else draws.stratified({name: part[column][0] for name, part in parts.items()})
             )
         elif protocol == "official":
-            sizes = [len(subset.labels) for subset in subsets]
+            sizes = [crops[name] for name in means]
             numbers[column] = Value(float(np.average(list(means.values()), weights=sizes)))
         else:
             values = np.concatenate([part[column][0] for part in parts.values()])
@@ -182,7 +186,7 @@ def _average(
 
 
 def _gain(
-    subsets: Sequence[Subset],
+    series: Mapping[str, Mapping[str, Series]],
     readers: Sequence[str],
     protocol: Protocol,
     draws: _Draws,
@@ -195,8 +199,8 @@ def _gain(
     gains = {}
     for column in columns:
         parts = {
-            subset.name: _series(subset, "SR")[column][0] - _series(subset, "bicubic")[column][0]
-            for subset in subsets
+            name: found["SR"][column][0] - found["bicubic"][column][0]
+            for name, found in series.items()
         }
         pooled = np.concatenate(list(parts.values()))
         gains[column] = draws.stratified(parts) if official else draws.interval(pooled)

@@ -13,11 +13,12 @@ from typing import Any, TypeAlias
 
 import torch
 
+from lemma_fast.config import CRNNConfig
 from lemma_fast.recognizers import abinet, aster, crnn, matrn, moran, parseq, tesseract, text_focus
 from lemma_fast.recognizers.abinet import ABINet
 from lemma_fast.recognizers.aster import ASTER
-from lemma_fast.recognizers.base import Reading, Recognizer
-from lemma_fast.recognizers.crnn import CRNN, CRNNConfig
+from lemma_fast.recognizers.base import CheckpointError, Reading, Recognizer
+from lemma_fast.recognizers.crnn import CRNN
 from lemma_fast.recognizers.matrn import MATRN
 from lemma_fast.recognizers.moran import MORAN, MORANConfig
 from lemma_fast.recognizers.parseq import PARSeq, PARSeqConfig
@@ -54,6 +55,17 @@ _NETWORKS: dict[str, Callable[..., _Network]] = {
     "parseq": parseq.load,
     "text_focus": text_focus.load,
 }
+# The weights of the published evaluation: the file, as the published LEMMA's configuration calls
+# it, and the repository that its README sends one to.
+_PUBLISHED: dict[str, tuple[str, str]] = {
+    "abinet": ("best-train-abinet.pth", "github.com/FangShancheng/ABINet"),
+    "aster": ("aster.pth.tar", "github.com/ayumiymk/aster.pytorch"),
+    "crnn": ("crnn.pth", "github.com/meijieru/crnn.pytorch"),
+    "matrn": ("best-train-matrn.pth", "github.com/byeonghu-na/MATRN"),
+    "moran": ("moran.pth", "github.com/Canjie-Luo/MORAN_v2"),
+    "parseq": ("PARSeq.pth", "github.com/baudm/parseq"),
+    "text_focus": ("pretrain_transformer.pth", "github.com/FudanVI/FudanOCR"),
+}
 # A program's constructor takes options alone: what it knows is installed with it.
 _PROGRAMS: dict[str, Callable[..., Recognizer]] = {
     "tesseract": tesseract.Tesseract,
@@ -77,6 +89,8 @@ def load_recognizer(
     A network needs a `checkpoint`, ours (`.safetensors`) or the published one, and goes to
     `device`, where "auto" is CUDA if there is any, else the CPU. A program such as Tesseract has
     neither. `options` are the recogniser's own: `corrected` of crnn and moran, `jobs` of tesseract.
+    Nothing is downloaded: without its checkpoint a network raises CheckpointError, a ValueError,
+    that says which file it wants and whose it is.
     """
     if name in _PROGRAMS:
         if checkpoint is not None:
@@ -85,7 +99,13 @@ def load_recognizer(
     if name not in _NETWORKS:
         raise ValueError(f"no recogniser {name!r}; there are {', '.join(list_recognizers())}")
     if checkpoint is None:
-        raise ValueError(f"{name} is a network and needs a checkpoint, published or trained here")
+        file, repository = _PUBLISHED[name]
+        raise CheckpointError(
+            f"{name} is a network and needs a checkpoint: the published one ({file} in LEMMA's "
+            f"configuration, from {repository}) or one trained here. Nothing is downloaded: get "
+            f"the file and name it, {name}={file} on the command line, "
+            f'load_recognizer("{name}", "{file}") in Python'
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return _NETWORKS[name](checkpoint, **options).to(device)

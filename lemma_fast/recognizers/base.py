@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lemma_fast.atomic import replacing
+from lemma_fast.weight_files import CheckpointError, check_fit, read_weights
+
+__all__ = [
+    "CheckpointError",
+    "Reading",
+    "Recognizer",
+    "check_images",
+    "config_from_json",
+    "config_to_json",
+    "grey",
+    "load_strictly",
+    "read_weights",
+    "save_weights",
+]
 
 Config = TypeVar("Config")
 
@@ -56,44 +67,12 @@ def grey(images: Tensor) -> Tensor:
     return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a checkpoint, on the CPU.
-
-    A `.safetensors` file may carry metadata; any other file is read as a PyTorch checkpoint of
-    plain tensors (nothing in it is executed), which may sit under `state_dict` or `model`, with
-    or without a `module.` prefix.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {key: file.get_tensor(key) for key in names}, dict(file.metadata() or {})
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than plain tensors and is not opened") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{path} is not a dictionary of named tensors")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}, {}
-
-
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` into `model`; raise ValueError that names everything that does not fit."""
-    expected = model.state_dict()
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8])
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {shown}{more}")
+    """Load `state` into `model`; raise CheckpointError that names everything that does not fit."""
+    try:
+        check_fit(state, model.state_dict())
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {error}") from error
     model.load_state_dict(dict(state))
 
 

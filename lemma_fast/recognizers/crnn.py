@@ -5,34 +5,16 @@ The attributes bear the published names, so a published checkpoint is our state_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemma_fast.config import CRNNConfig
 from lemma_fast.recognizers import base
 from lemma_fast.recognizers.charset import FOCUS, collapse_ctc
-
-
-@dataclass(frozen=True, slots=True)
-class CRNNConfig:
-    """Sizes of the network; the defaults are the published ones.
-
-    `corrected` normalises the input by (x - 0.5) / 0.5, as the upstream training did. The
-    published evaluation of super-resolution feeds it without, and its tables depend on that, so
-    that is the default.
-    """
-
-    channels: tuple[int, int, int, int, int, int, int] = (64, 128, 256, 256, 512, 512, 512)
-    hidden: int = 256
-    corrected: bool = False
-
-    @classmethod
-    def small(cls) -> CRNNConfig:
-        """Return sizes that train on a CPU (0.7 M parameters), input normalised."""
-        return cls((16, 32, 64, 64, 128, 128, 128), hidden=96, corrected=True)
 
 
 class BidirectionalLSTM(nn.Module):

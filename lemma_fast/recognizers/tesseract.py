@@ -8,7 +8,9 @@ given a white border first, because Tesseract expects dark letters of 20-40 pixe
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -70,6 +72,28 @@ class Tesseract:
         self.executable = found
         self.language = language
         self.jobs = jobs
+
+    def version(self) -> str | None:
+        """Name the program and the language files that it reads with; None where one is not found.
+
+        Two readers of the same version read the same in the same crops.
+        """
+        said = [
+            subprocess.run(
+                [self.executable, option], capture_output=True, text=True, encoding="utf-8"
+            ).stdout
+            for option in ("--version", "--list-langs")
+        ]
+        folder = re.search(r'"(.+)"', said[1])
+        if not said[0].strip() or folder is None:
+            return None
+        parts = [said[0].splitlines()[0]]
+        for language in self.language.split("+"):
+            path = Path(folder[1], f"{language}.traineddata")
+            if not path.is_file():
+                return None
+            parts.append(f"{language} {hashlib.sha256(path.read_bytes()).hexdigest()}")
+        return ", ".join(parts)
 
     def read(self, images: Tensor) -> list[base.Reading]:
         """Read RGB `images` (N, 3, H, W) in [0, 1], clamped.

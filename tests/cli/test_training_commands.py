@@ -8,6 +8,15 @@ import yaml
 from tiny_training import VALUES, write_config, write_set
 
 from lemma_fast import LEMMA, checkpoint
+from lemma_fast.recognizers import (
+    CRNN,
+    CRNNConfig,
+    PARSeq,
+    PARSeqConfig,
+    TextFocus,
+    TextFocusConfig,
+)
+from lemma_fast.training.data import TextZoomDataset
 from lemma_fast.training.settings import choose
 
 
@@ -18,6 +27,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -128,9 +142,81 @@ def test_evaluate_prints_json(run, tmp_path, weights):
     assert json.loads(official.out)["protocol"] == "official"
 
 
+@pytest.fixture
+def readers(tmp_path):
+    """Three recognisers of a few weights, as --recognizer takes them."""
+    torch.manual_seed(0)
+    networks = (
+        CRNN(CRNNConfig((4, 4, 4, 4, 8, 8, 8), hidden=8)),
+        PARSeq(PARSeqConfig(width=48, heads=2, layers=1, hidden=32, decoder_heads=4)),
+        TextFocus(TextFocusConfig((4, 8), (8, 8), (1, 1), width=16, heads=2, hidden=16)),
+    )
+    for network in networks:
+        network.save(tmp_path / f"{network.name}.safetensors")
+    return ",".join(f"{n.name}={tmp_path / n.name}.safetensors" for n in networks)
+
+
+def test_a_second_evaluation_with_three_recognisers_reads_results_alone(
+    run, tmp_path, weights, readers, monkeypatch
+):
+    sets = [write_set(tmp_path / f"test_{name}.lmdb", 4) for name in ("easy", "hard")]
+    shown = []
+    read = CRNN.read
+
+    def counted(self, images):
+        shown.append(len(images))
+        return read(self, images)
+
+    monkeypatch.setattr(CRNN, "read", counted)
+    arguments = ("evaluate", *sets, "--model", weights, "--recognizer", readers, "--json")
+    contents, seen = [], []
+    for more in ((), (), ("--no-cache",), ("--cache", tmp_path / "other")):
+        shown.clear()
+        ran = run(*arguments, *more)
+        assert ran.code == 0, ran.err
+        contents.append(json.loads(ran.out)["results"])
+        seen.append(sum(shown))
+    # The crops of the two sets are the same, so of the second one nothing is new at once.
+    assert seen == [2 * 4 + 2 * 4, 2 * 4, 3 * 2 * 4, 2 * 4 + 2 * 4]
+    assert contents[1:] == contents[:1] * 3
+    results = contents[0]["easy"]["SR"]
+    assert {name.split()[0] for name in results} == {"crnn", "parseq", "text_focus", "PSNR", "SSIM"}
+    for folder in (tmp_path / "cache" / "lemma-fast" / "readings", tmp_path / "other"):
+        assert len(list(folder.iterdir())) == 3
+
+
+def test_damaged_readings_are_said(run, tmp_path, weights):
+    test = write_set(tmp_path / "test.lmdb", 2)
+    arguments = ("evaluate", test, "--model", weights, "--json")
+    first = run(*arguments)
+    (kept,) = (tmp_path / "cache" / "lemma-fast" / "readings").iterdir()
+    kept.write_text("{")
+    again = run(*arguments)
+    assert again.code == 0
+    assert f"note: {kept} is not used: " in again.err
+    assert json.loads(again.out)["results"] == json.loads(first.out)["results"]
+
+
+def test_each_crop_is_decoded_once(run, tmp_path, weights, monkeypatch):
+    decoded = []
+    pair = TextZoomDataset.pair
+
+    def counted(self, index):
+        decoded.append(index)
+        return pair(self, index)
+
+    monkeypatch.setattr(TextZoomDataset, "pair", counted)
+    test = write_set(tmp_path / "test.lmdb", 5)
+    ran = run("evaluate", test, "--model", weights, "-o", tmp_path / "out", "--batch-size", 2)
+    assert ran.code == 0, ran.err
+    assert decoded == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--cache", "x", "--no-cache"], "contradict each other"),
+        (["--recognizer", "aster"], "aster.pth.tar"),
         (["--protocol", "mine"], "corrected or official"),
         (["--recognizer", "crann"], "no recogniser 'crann'"),
         (["--recognizer", "crnn=nothing.pth"], "nothing.pth"),

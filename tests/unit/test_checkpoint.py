@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lemma_fast
-from lemma_fast import LEMMA, CheckpointError, LemmaConfig, checkpoint
+from lemma_fast import LEMMA, CheckpointError, LemmaConfig, checkpoint, weight_files
 from lemma_fast.published import name_map, published_name
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_named(model: LEMMA, tmp_path: Path, fault: str, me
 def test_only_the_first_ten_are_named() -> None:
     expected = {f"t{i:02}": torch.zeros(1) for i in range(12)}
     with pytest.raises(CheckpointError, match=r"missing 12 tensors \(t00, .*t09, \.\.\.\)"):
-        checkpoint._check_fit({}, expected)
+        weight_files.check_fit({}, expected)
 
 
 def test_two_different_language_tables_are_refused(model: LEMMA) -> None:

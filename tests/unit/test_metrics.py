@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from recognizer_fill import images
 
+from lemma_fast.training import metrics
 from lemma_fast.training.metrics import (
     TEXTZOOM_COUNTS,
     bootstrap_interval,
@@ -149,6 +150,23 @@ def test_bootstrap_of_a_ratio():
     # where each image has the same rate, so has each resample, whatever the lengths
     lengths = np.arange(1.0, 30)
     assert bootstrap_interval(lengths / 4, lengths) == pytest.approx([0.25] * 3)
+
+
+def test_draws_too_many_to_keep_give_the_same_interval(monkeypatch):
+    rng = np.random.default_rng(0)
+    values, counts = rng.random(50), rng.integers(1, 9, 50)
+    sets = {name: rng.random(20 + n) for n, name in enumerate(TEXTZOOM_COUNTS)}
+    kept = bootstrap_interval(values, counts), textzoom_interval(sets)
+    # As it was before draws were kept: resample after resample.
+    again = np.random.default_rng(0)
+    picks = [again.integers(50, size=50) for _ in range(2000)]
+    ratios = [values[pick].sum() / counts[pick].sum() for pick in picks]
+    np.testing.assert_allclose(kept[0][1:], np.quantile(ratios, [0.025, 0.975]), rtol=1e-12)
+    monkeypatch.setattr(metrics, "_DRAWS_KEPT", 0)
+    monkeypatch.setattr(metrics, "_drawn", None)
+    np.testing.assert_allclose(
+        [bootstrap_interval(values, counts), textzoom_interval(sets)], kept, rtol=1e-12
+    )
 
 
 def test_bootstrap_refuses_nothing_to_measure():
