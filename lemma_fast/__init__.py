@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lemma_fast.acceleration import accelerate
     from lemma_fast.checkpoint import CheckpointError, load
     from lemma_fast.config import LemmaConfig, PriorConfig
     from lemma_fast.model import LEMMA
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LEMMA", "CheckpointError", "LemmaConfig", "Prior", "PriorConfig", "Upscaled", "Upscaler",
-    "__version__", "load",
+    "__version__", "accelerate", "load",
 ]  # fmt: skip
 
 # Torch is imported with the first of these names, so that `lemma-fast --help` need not wait for it.
@@ -25,6 +26,7 @@ _HOMES = {
     "PriorConfig": "config",
     "Upscaled": "upscale",
     "Upscaler": "upscale",
+    "accelerate": "acceleration",
     "load": "checkpoint",
 }
 

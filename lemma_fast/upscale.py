@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from lemma_fast import images
+from lemma_fast.acceleration import accelerate as make_fast
 from lemma_fast.checkpoint import load
 from lemma_fast.images import Crop, ImageError, Size
 from lemma_fast.model import LEMMA
@@ -62,8 +63,9 @@ class Upscaler:
     `model` is what `lemma_fast.load` takes, or a LEMMA; one that is in training mode or on another
     device than asked for is copied, not changed. `device` "auto" is the first CUDA device where
     there is one, else the CPU; for a LEMMA, the device it is on. `dtype` "auto" is float32,
-    on CUDA with PyTorch's TF32 setting; bfloat16 is autocast and only used when asked for.
-    `batch_size` None is 32 on the CPU and 256 elsewhere.
+    on CUDA with PyTorch's TF32 setting; bfloat16 is only used when asked for.
+    `batch_size` None is 32 on the CPU and 256 elsewhere. With `accelerate`, what runs is the copy
+    that `lemma_fast.accelerate` makes (the attribute `network`), else the model itself.
 
     Every crop goes through the network at 16x64. `size` "native" returns its 32x128, which is what
     recognisers take; "x2" twice the crop's own width and height. One object may serve many threads.
@@ -76,6 +78,7 @@ class Upscaler:
         dtype: str = "auto",
         batch_size: int | None = None,
         size: Size = "native",
+        accelerate: bool = True,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -89,6 +92,10 @@ class Upscaler:
                 f"the model takes {config.in_channels} channels; crops give 4, RGB and a mask"
             )
         self.device = next(self.model.parameters()).device
+        self.network: nn.Module = self.model
+        # What only looks like a LEMMA is called as it is.
+        if accelerate and isinstance(self.model, LEMMA):
+            self.network = make_fast(self.model, self.dtype)
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
         self.size = size
 
@@ -199,7 +206,7 @@ class Upscaler:
         """
         half = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with torch.inference_mode(), half:
-            sr, prior = self.model(torch.from_numpy(crops).to(self.device))
+            sr, prior = self.network(torch.from_numpy(crops).to(self.device))
             if not bool(sr.isfinite().all()):
                 raise RuntimeError("the network's result is not finite; float32 may help")
             pixels = sr[:, :3].float().clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -209,7 +216,7 @@ class Upscaler:
             attention = (prior.attn_map.float() * live).amax(1).clamp(min=0)
             classes = prior.text_logits.argmax(-1)
         return [
-            Inferred(picture, self._spell(row), int(length), heat)
+            Inferred(picture, self.model.config.spell(row), int(length), heat)
             for picture, row, length, heat in zip(
                 pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(),
                 classes.tolist(),
@@ -218,10 +225,6 @@ class Upscaler:
                 strict=True,
             )
         ]
-
-    def _spell(self, classes: list[int]) -> str:
-        end = classes.index(0) if 0 in classes else len(classes)
-        return "".join(self.model.config.charset[c - 1] for c in classes[:end])
 
 
 def _checked(size: Size) -> Size:

@@ -1,0 +1,287 @@
+"""`accelerate`: the same network, as fast as its device allows."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from lemma_fast.acceleration.batches import Parts, Recordings
+from lemma_fast.acceleration.graphs import CudaRecorder
+from lemma_fast.acceleration.layers import Plan, can_pack, tensor_cores
+from lemma_fast.acceleration.network import Network
+from lemma_fast.checkpoint import CheckpointError, from_published
+from lemma_fast.config import LemmaConfig
+from lemma_fast.model import LEMMA
+from lemma_fast.ops import extension, native
+from lemma_fast.recognizer import Prior
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Larger parts run no faster an image: on the CPU they leave its caches, on a GPU it is full.
+CPU_PART, CUDA_PART = 8, 256
+KEPT_GRAPHS = 9
+
+
+class Accelerated(nn.Module):
+    """What `accelerate` returns: called like the network it was made of, in evaluation only.
+
+    Threads may share one. It stays on its device and in its dtype; weights are folded copies, so
+    what happens to the original later does not reach it. `describe()` tells what it uses.
+    """
+
+    def __init__(
+        self,
+        config: LemmaConfig,
+        network: Network,
+        plan: Plan,
+        max_batch: int,
+        graphs: bool,
+        reuse_output: bool,
+        tf32: bool | None,
+        why_plain: str | None,
+    ) -> None:
+        super().__init__()
+        self.config, self.plan, self.tf32 = config, plan, tf32
+        self.network = network.eval()
+        self.why_plain = why_plain
+        self.recordings: Recordings | None = None
+        run: Callable[[Tensor], tuple[Tensor, ...]] = self._run
+        if graphs:
+            shape = (self.config.in_channels, *self.config.size)
+            recorder = CudaRecorder(self._run, shape, network.wide, plan.device)
+            run = self.recordings = Recordings(recorder, KEPT_GRAPHS, reuse_output)
+        self.parts = Parts(run, max_batch, self._free)
+        self.training = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.plan.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; scores, their selection and all outputs stay in fp32."""
+        return self.plan.dtype
+
+    def forward(self, lr: Tensor) -> tuple[Tensor, Prior]:
+        """Double the size of a batch of crops [N, 4, H, W], as `LEMMA.forward` does.
+
+        No gradient is recorded. Raises ValueError for another shape or device.
+        """
+        expected = (self.config.in_channels, *self.config.size)
+        if lr.dim() != 4 or lr.shape[1:] != expected:
+            raise ValueError(f"lr must be [N, {', '.join(map(str, expected))}], got {[*lr.shape]}")
+        if lr.device != self.device:
+            raise ValueError(f"lr is on {lr.device}, the accelerated model on {self.device}")
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            sr, *prior = self.parts(lr)
+        return sr, Prior(*prior)
+
+    def describe(self) -> dict[str, str]:
+        """What runs each part, in words, for people and for the records of a measurement."""
+        plan = self.plan
+        library = "PyTorch"
+        recurrent = "Triton" if plan.fused else "C++" if plan.native else library
+        fusion = library if not plan.compiled else "CUDA" if plan.fused else "C++"
+        said = {
+            "device": str(plan.device),
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "convolutions and products": "oneDNN, packed weights" if plan.packed else library,
+            "3x3 convolutions": "C++, Winograd" if plan.native else "as the others",
+            "recurrences": recurrent,
+            "adaptive fusion": fusion,
+            "batches": f"parts of at most {self.parts.limit}",
+        }
+        if plan.device.type == "cuda":
+            said["cuda graphs"] = "off" if self.recordings is None else "on"
+            said["tf32"] = "PyTorch's setting" if self.tf32 is None else str(self.tf32).lower()
+        if self.why_plain is not None:
+            said["not used"] = self.why_plain
+        return said
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.describe().items())
+
+    def train(self, mode: bool = True) -> Accelerated:
+        """Stay in evaluation; raises RuntimeError where training is asked for."""
+        if mode:
+            raise RuntimeError(
+                "an accelerated model is for evaluation: use accelerate(model, training=True)"
+            )
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Accelerated:
+        raise RuntimeError(
+            "an accelerated model stays where it is: move the original and accelerate that"
+        )
+
+    def _run(self, lr: Tensor) -> tuple[Tensor, ...]:
+        with tensor_cores(self.tf32):
+            return self.network(lr)
+
+    def _free(self) -> None:
+        if self.recordings is not None:
+            self.recordings.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@overload
+def accelerate(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    training: Literal[False] = False,
+    tf32: bool | None = None,
+    max_batch: int | None = None,
+    graphs: bool | None = None,
+    with_attention: bool = True,
+    reuse_output: bool = False,
+) -> Accelerated: ...
+@overload
+def accelerate(model: nn.Module, *, training: Literal[True]) -> LEMMA: ...
+def accelerate(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    training: bool = False,
+    tf32: bool | None = None,
+    max_batch: int | None = None,
+    graphs: bool | None = None,
+    with_attention: bool = True,
+    reuse_output: bool = False,
+) -> Accelerated | LEMMA:
+    """Make a fast copy of a network: the same call and the same outputs.
+
+        fast = lemma_fast.accelerate(model)
+        sr, prior = fast(lr)
+
+    `model` is a LEMMA, or an instance of the published class (known by its state_dict), in any
+    mode; it is not changed. The copy is for evaluation and runs on the model's device. `dtype` None
+    is the model's own; with bfloat16 or float16 the score maps, the selection and all outputs are
+    still float32. `tf32` lets float32 use TF32 on CUDA, None leaves that to PyTorch's settings.
+
+    A batch of any size is run in parts of at most `max_batch` (None: 8 on the CPU, 256 on CUDA),
+    and in smaller ones where memory does not suffice. On CUDA the calls are captured as `graphs`,
+    one for each power of two, and outputs are copied out of these unless `reuse_output`: then they
+    hold only until the next call. Without `with_attention`, `prior.attn_map` keeps the size
+    [N, T, h, w] that the prior sees.
+
+    With `training`, the copy is a LEMMA in training mode with the same parameters by name, whose
+    operations are the fused ones; the other arguments do not apply.
+
+    Raises TypeError for another kind of module, ValueError for what cannot be combined, ImportError
+    where training needs the extension and it is not there.
+    """
+    lemma = recognized(model)
+    if training:
+        rest = (dtype, tf32, max_batch, graphs, with_attention, reuse_output)
+        if rest != (None, None, None, None, True, False):
+            raise ValueError("with training, accelerate takes no other argument")
+        return trainable(lemma)
+    first = next(lemma.parameters())
+    dtype = first.dtype if dtype is None else dtype
+    device = first.device
+    on_cuda = device.type == "cuda"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, not one of {', '.join(map(str, DTYPES))}")
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ValueError("float16 is for CUDA: use float32 or bfloat16 on the CPU")
+    if max_batch is not None and max_batch < 1:
+        raise ValueError(f"max_batch is {max_batch}: it is at least 1")
+    if (graphs or reuse_output) and not on_cuda:
+        raise ValueError(f"graphs and reuse_output are for CUDA, the model is on {device}")
+    if reuse_output and graphs is False:
+        raise ValueError("reuse_output needs graphs: without them every output is fresh")
+    graphs = on_cuda if graphs is None else graphs
+    max_batch = max_batch or (CUDA_PART if on_cuda else CPU_PART)
+    with torch.inference_mode(False), torch.no_grad():
+        plan, why_plain = make_plan(device, dtype)
+        network = Network(lemma, plan, with_attention)
+        return Accelerated(
+            lemma.config, network, plan, max_batch, graphs, reuse_output, tf32, why_plain
+        )
+
+
+def trainable(model: LEMMA) -> LEMMA:
+    """Copy a network into one with the operations that are fused on its device and have gradients.
+
+    On CUDA these are all six; on the CPU the adaptive fusion, in C++.
+    """
+    from lemma_fast.ops import fused, reference
+
+    first = next(model.parameters())
+    table = {name: getattr(reference, name) for name in reference.__all__}
+    if first.device.type == "cuda":
+        table |= {name: getattr(fused, name) for name in reference.__all__}
+    elif first.device.type == "cpu":
+        extension.load()
+        table["adafm"] = fused.adafm
+    else:
+        raise ValueError(f"training is accelerated on CUDA and the CPU, not on {first.device}")
+    copied = LEMMA(model.config, ops=SimpleNamespace(**table))
+    copied.load_state_dict(model.state_dict())
+    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    return copied.to(first.device, first.dtype).train()
+
+
+def recognized(model: nn.Module) -> LEMMA:
+    """Return `model` itself, or the LEMMA in a wrapper, or one with a published instance's weights.
+
+    Raises TypeError for anything else.
+    """
+    inner = model
+    while not isinstance(inner, LEMMA):
+        # torch.compile's and DataParallel's wrappers.
+        held = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(held, nn.Module):
+            break
+        inner = held
+    if isinstance(inner, LEMMA):
+        return inner
+    if not isinstance(inner, nn.Module):
+        raise TypeError(f"accelerate takes a LEMMA, not {type(model).__name__}")
+    try:
+        found = from_published(inner.state_dict())
+    except CheckpointError as error:
+        raise TypeError(
+            f"accelerate takes a LEMMA or the published class, not {type(model).__name__}: {error}"
+        ) from error
+    first = next(inner.parameters())
+    return found.to(first.device, first.dtype)
+
+
+def make_plan(device: torch.device, dtype: torch.dtype) -> tuple[Plan, str | None]:
+    """Choose what runs the parts; says in a sentence what is not used, and why."""
+    plan = Plan(device, dtype, packed=False, native=False, fused=False, compiled=False)
+    if device.type == "cuda":
+        if dtype == torch.float64:
+            return plan, "the fused kernels have no float64"
+        if find_spec("triton") is None:
+            return plan, "the fused kernels need Triton: pip install 'lemma-fast[triton]'"
+        why = extension.missing()
+        if why is None and extension.build_info()["cuda"] is None:
+            why = "the extension was built without CUDA: set CUDA_HOME and install again"
+        if why is None:
+            _register_fusion()
+        return replace(plan, fused=True, compiled=why is None), why
+    if device.type != "cpu" or dtype != torch.float32:
+        return plan, "the C++ operations are for float32 on the CPU"
+    why = extension.missing()
+    if why is None:
+        native.load()
+        _register_fusion()
+    fast = why is None
+    return replace(plan, packed=can_pack(device, dtype), native=fast, compiled=fast), why
+
+
+def _register_fusion() -> None:
+    # The module loads the library, so it is imported where there is one.
+    importlib.import_module("lemma_fast.ops.adafm")

@@ -1,0 +1,69 @@
+"""CUDA graphs of the network: one for each batch size, all in one memory pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+
+# Before a capture: kernels are compiled, cuDNN tries its algorithms, libraries get workspaces.
+WARM_UPS = 3
+
+
+class CudaGraph:
+    """A captured run on a batch of a fixed size."""
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, batch: Tensor, outputs: tuple[Tensor, ...]
+    ) -> None:
+        self.graph, self.batch, self.outputs = graph, batch, outputs
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class CudaRecorder:
+    """Captures `run` on zeros [size, *shape] of `dtype` on `device`.
+
+    The graphs share a pool, so a replay may overwrite another's outputs; callers copy these first.
+    """
+
+    def __init__(
+        self, run: Run, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.run, self.shape, self.dtype, self.device = run, shape, dtype, device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.done = torch.cuda.Event()
+
+    def begin(self) -> None:
+        # The last use may have been on another stream.
+        torch.cuda.current_stream(self.device).wait_event(self.done)
+
+    def end(self) -> None:
+        self.done.record(torch.cuda.current_stream(self.device))
+
+    def record(self, size: int) -> CudaGraph:
+        with torch.cuda.device(self.device):
+            batch = torch.zeros(size, *self.shape, dtype=self.dtype, device=self.device)
+            here = torch.cuda.current_stream()
+            aside = torch.cuda.Stream()
+            aside.wait_stream(here)
+            with (
+                torch.cuda.stream(aside),
+                torch.backends.cudnn.flags(
+                    enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32
+                ),
+            ):
+                for _ in range(WARM_UPS):
+                    self.run(batch)
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may go on using the device meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"
+                ):
+                    outputs = self.run(batch)
+            here.wait_stream(aside)
+        return CudaGraph(graph, batch, outputs)

@@ -1,0 +1,177 @@
+"""The guidance, folded: location enhancement and multi-modal alignment on rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lemma_fast.acceleration.folding import Affine, conv, resize_matrix, stack, wide
+from lemma_fast.acceleration.layers import Conv, Heads, Plan, Product, SelfAttention, projections
+from lemma_fast.acceleration.prior import Reading
+from lemma_fast.guidance import Guidance, layer_weights
+from lemma_fast.transformer import TransformerLayer
+
+
+class Resize(nn.Module):
+    """Attention maps [N, T, h, w] to [N, T, H, W] by two constant matrices, in fp32."""
+
+    def __init__(self, source: tuple[int, int], target: tuple[int, int], plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.rows = plan.keep_exact(resize_matrix(source[0], target[0]))
+        self.columns = plan.keep_exact(resize_matrix(source[1], target[1]).T)
+
+    def forward(self, h_attn: Tensor) -> Tensor:
+        with self.plan.exact():
+            return self.rows @ (h_attn @ self.columns)
+
+
+class Sight(NamedTuple):
+    """What the guidance is made of."""
+
+    shallow: Tensor
+    """X_I [N, C, H, W], channels-last."""
+    reading: Reading
+    attn_map: Tensor
+    """[N, T, H, W] fp32"""
+
+
+class FoldedGuidance(nn.Module):
+    """X_I and what was read to X_G [N, C, H, W], for the paper's configuration."""
+
+    def __init__(self, guidance: Guidance, plan: Plan) -> None:
+        super().__init__()
+        config = guidance.config
+        self.config, self.plan = config, plan
+        self.size = config.size
+        expansion = guidance.expansion
+        self.expand = nn.ModuleList(
+            [
+                Conv(conv(expansion.conv1, expansion.norm1), plan),
+                Conv(conv(expansion.conv2, expansion.norm2), plan),
+                Conv(conv(expansion.conv3), plan),
+            ]
+        )
+        self.slopes = [plan.keep(act.weight.detach()) for act in (expansion.act1, expansion.act2)]
+        self.region = Conv(conv(guidance.pixel_to_region), plan)
+        self.positions = plan.keep(guidance.positions)
+
+        grid = config.prior.reduction
+        h, w = 2 * config.height // grid, 2 * config.width // grid
+        resize = torch.kron(resize_matrix(h, config.height), resize_matrix(w, config.width))
+        self.resized_positions = plan.keep(resize.T @ wide(guidance.positions))
+        embed = wide(guidance.text_projection.weight)
+        self.text_projection = Product(Affine(embed, embed.new_zeros(len(embed))), plan)
+
+        def layers(modules: nn.ModuleList) -> list[TransformerLayer]:
+            return [layer for layer in modules if isinstance(layer, TransformerLayer)]
+
+        to_text, to_image = layers(guidance.image_to_text), layers(guidance.text_to_image)
+        self.text_encoder = nn.ModuleList(
+            SelfAttention(layer, plan) for layer in layers(guidance.text_encoder)
+        )
+        if plan.fused:
+            from lemma_fast.ops import fused
+
+            self.ops = fused
+            region = guidance.pixel_to_region
+            assert region.bias is not None
+            self.region_weights = plan.keep(region.weight.detach()), plan.keep(region.bias.detach())
+            self.layer_weights = [
+                [type(weights)(*(plan.keep(w.detach()) for w in weights)) for weights in table]
+                for table in (
+                    [layer_weights(layer) for layer in to_text],
+                    [layer_weights(layer) for layer in to_image],
+                )
+            ]
+            return
+        self.to_text_queries = nn.ModuleList(Product(projections(m, 0, 1), plan) for m in to_text)
+        self.to_text = nn.ModuleList(Heads(layer, plan) for layer in to_text)
+        self.seen = Product(stack([projections(layer, 1, 3) for layer in to_text]), plan)
+        self.to_image_queries = nn.ModuleList(Product(projections(m, 0, 1), plan) for m in to_image)
+        self.to_image = nn.ModuleList(Heads(layer, plan) for layer in to_image)
+        self.keys = Product(stack([projections(layer, 1, 2) for layer in to_image]), plan)
+        self.values = Product(stack([projections(layer, 2, 3) for layer in to_image]), plan)
+
+    def forward(self, sight: Sight) -> Tensor:
+        reading = sight.reading
+        text = self._text(reading)
+        if self.plan.fused:
+            return self._fused(sight, text)
+        score, index, order = self._select(sight.attn_map, reading.lengths)
+        enhanced = self._enhance(score, sight.shallow)
+        N, C = enhanced.shape[:2]
+        rows = self.region(enhanced).permute(0, 2, 3, 1).reshape(N, -1, C) + self.positions
+        selected = rows.gather(1, index[:, :, None].expand(-1, -1, C))
+
+        key = text
+        seen = self.seen(selected).chunk(2 * len(self.to_text), dim=2)
+        to_text = zip(self.to_text_queries, self.to_text, seen[::2], seen[1::2], strict=True)
+        for query, layer, k, v in to_text:
+            key = layer(key, query(key), k, v)
+
+        # The last row stands for all that were not selected.
+        rows = torch.cat([selected, selected.new_zeros(N, 1, C)], dim=1)
+        keys = self.keys(key).chunk(len(self.to_image), dim=2)
+        values = self.values(text).chunk(len(self.to_image), dim=2)
+        for query, layer, k, v in zip(
+            self.to_image_queries, self.to_image, keys, values, strict=True
+        ):
+            rows = layer(rows, query(rows), k, v)
+        rows = rows.gather(1, order[:, :, None].expand(-1, -1, C))
+        return rows.unflatten(1, self.size).permute(0, 3, 1, 2)
+
+    def _fused(self, sight: Sight, text: Tensor) -> Tensor:
+        reading, ops = sight.reading, self.ops
+        K = self.config.selected
+        score, index = ops.compress_select(reading.h_attn, reading.lengths, K, self.size)
+        logits = self._logits(score.to(text.dtype))
+        enhanced = ops.location_enhance(logits, sight.shallow)
+        positions = self.positions.expand(len(text), -1, -1)
+        selected = ops.gather_region(enhanced, index, *self.region_weights, positions)
+        heads = self.config.heads
+        return ops.sparse_cross_attention(
+            text, selected, index, self.size, *self.layer_weights, heads
+        )
+
+    def _text(self, reading: Reading) -> Tensor:
+        looked = reading.h_attn.flatten(2).to(self.resized_positions.dtype)
+        text = self.text_projection(reading.text_logits) + looked @ self.resized_positions
+        for layer in self.text_encoder:
+            text = layer(text)
+        return text
+
+    def _select(self, attn_map: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score [N, H, W], selected positions [N, K] ascending, and each position's row [N, HW]."""
+        N, T = attn_map.shape[:2]
+        K = self.config.selected
+        live = torch.arange(T, device=lengths.device) < lengths[:, None]
+        attention = attn_map.flatten(2)
+        masked = torch.where(live[:, :, None], attention, attention.new_zeros(()))
+        score = masked.amax(dim=1)
+        ranked = score.sort(dim=1, descending=True, stable=True).indices[:, :K]
+        index = ranked.sort(dim=1).values
+        every = torch.arange(K, device=index.device).expand(N, -1)
+        order = torch.full_like(score, K, dtype=torch.int64).scatter(1, index, every)
+        return score.view(N, *self.size), index, order
+
+    def _logits(self, score: Tensor) -> Tensor:
+        x = score[:, None].contiguous(memory_format=torch.channels_last)
+        x = F.prelu(self.expand[0](x), self.slopes[0])
+        return self.expand[2](F.prelu(self.expand[1](x), self.slopes[1]))
+
+    def _enhance(self, score: Tensor, features: Tensor) -> Tensor:
+        """X_pos, channels-last; the softmax's divisor and the norm's scale meet in one factor."""
+        exact = torch.float64 if features.dtype == torch.float64 else torch.float32
+        logits = self._logits(score.to(features.dtype))
+        # On rows, because reductions of channels-last maps are slow.
+        logits, rows = (x.permute(0, 2, 3, 1).flatten(1, 2).to(exact) for x in (logits, features))
+        weights = (logits - logits.amax(dim=1, keepdim=True)).exp_()
+        centred = rows - rows.mean(dim=1, keepdim=True)
+        variance = centred.square().mean(dim=1, keepdim=True)
+        factor = torch.rsqrt(variance + 1e-5) / weights.sum(dim=1, keepdim=True)
+        enhanced = (centred * weights.mul_(factor)).to(self.plan.dtype)
+        return enhanced.unflatten(1, self.size).permute(0, 3, 1, 2)

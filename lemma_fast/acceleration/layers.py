@@ -1,0 +1,255 @@
+"""Convolutions and products of the accelerated network, in the form its device runs best.
+
+On the CPU in fp32 weights are packed once into oneDNN's layout, and what follows a convolution or
+product (a bias, a sum, a ReLU) is done while its result is in the cache. Feature maps are
+channels-last, so that a map [N, C, H, W] is rows [N, H * W, C] without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lemma_fast.acceleration.folding import Affine, linear, wide
+from lemma_fast.ops import native
+from lemma_fast.ops.native import Activation
+from lemma_fast.transformer import Attention, TransformerLayer
+
+SMALLEST_WINOGRAD = 16
+# From this many channels on, for few positions what counts is how many weights are read: those
+# of 2 x 2 results are less than half of those of 4 x 4.
+LARGE_WINOGRAD = 256
+FEW_POSITIONS = 2 * 256
+# Up to here PyTorch's fused attention on the CPU takes longer than its parts.
+FEW_KEYS = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the parts of an accelerated network are made for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    packed: bool
+    """oneDNN's packed weights."""
+    native: bool
+    """The C++ operations of the CPU."""
+    fused: bool
+    """The Triton kernels of `ops.fused`."""
+    compiled: bool
+    """The C++ or CUDA code of the adaptive fusion."""
+
+    def keep(self, x: Tensor) -> Tensor:
+        """A constant as the network's products take it."""
+        return x.to(self.device, self.dtype, copy=True).contiguous()
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Keep fp32 products in fp32, whatever PyTorch's setting."""
+        return tensor_cores(False) if self.device.type == "cuda" else nullcontext()
+
+    def keep_exact(self, x: Tensor) -> Tensor:
+        """A constant of the score maps, which stay in fp32 (fp64 for fp64)."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return x.to(self.device, wide, copy=True).contiguous()
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has oneDNN's fused convolutions and products for these tensors."""
+    if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    names = ("_convolution_pointwise", "_linear_pointwise", "_reorder_convolution_weight")
+    return all(hasattr(torch.ops.mkldnn, name) for name in (*names, "_reorder_linear_weight"))
+
+
+class Conv(nn.Module):
+    """Convolution that keeps the size, or divides it by `stride`, an activation and a sum.
+
+    `mish`, and a 1x1 kernel without a stride, are only for where there is no sum.
+    """
+
+    def __init__(
+        self,
+        affine: Affine,
+        plan: Plan,
+        stride: int | tuple[int, int] = 1,
+        activation: Activation = "none",
+    ) -> None:
+        super().__init__()
+        D, C, height, width = affine.weight.shape
+        self.stride = [stride, stride] if isinstance(stride, int) else list(stride)
+        self.padding = [height // 2, width // 2]
+        self.activation = activation
+        self.bias = plan.keep(affine.bias)
+        self.packed = plan.packed
+        self.few: Tensor | None = None
+        self.product: Product | None = None
+        self.winograd = (
+            plan.native
+            and (height, width, *self.stride) == (3, 3, 1, 1)
+            and min(C, D) >= SMALLEST_WINOGRAD
+        )
+        if self.winograd:
+            self.weight = native.pack_winograd(affine.weight)
+            if min(C, D) >= LARGE_WINOGRAD:
+                self.few = native.pack_winograd(affine.weight, tile=2)
+            return
+        # oneDNN's 1x1 convolution takes fourteen times as long for one size; its product never.
+        pointwise = (height, width, *self.stride) == (1, 1, 1, 1)
+        if plan.packed and pointwise and activation != "mish":
+            rows = Affine(affine.weight.flatten(1), affine.bias)
+            self.product = Product(rows, plan, relu=activation == "relu")
+            return
+        self.weight = plan.keep(affine.weight).contiguous(memory_format=torch.channels_last)
+        if plan.packed:
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, self.padding, self.stride, [1, 1], 1, [1, C, 16, 64]
+            )
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Convolve `x`; `add`, of the result's shape, is added before the activation."""
+        if self.winograd:
+            weight = self.weight
+            if self.few is not None and x.numel() <= FEW_POSITIONS * x.shape[1]:
+                weight = self.few
+            return native.winograd(x, weight, self.bias, add, self.activation)
+        if self.product is not None:
+            assert add is None
+            return self.product(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.packed:
+            return self._packed(x, add)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        if add is not None:
+            x = x.add_(add)
+        return activate(x, self.activation)
+
+    def _packed(self, x: Tensor, add: Tensor | None) -> Tensor:
+        relu = self.activation == "relu"
+        arguments = (self.weight, self.bias, self.padding, self.stride, [1, 1], 1)
+        ops = torch.ops.mkldnn._convolution_pointwise
+        if add is not None:
+            last = "relu" if relu else None
+            return ops.binary(x, add, *arguments, "add", 1.0, last, [], None)
+        x = ops(x, *arguments, "relu" if relu else "none", [], "")
+        return mish(x) if self.activation == "mish" else x
+
+
+class Product(nn.Module):
+    """`x W^T + b` on rows [..., C]; ReLU and a sum on request."""
+
+    def __init__(self, affine: Affine, plan: Plan, relu: bool = False) -> None:
+        super().__init__()
+        self.relu = relu
+        self.packed = plan.packed
+        self.bias = plan.keep(affine.bias)
+        self.weight = plan.keep(affine.weight)
+        if plan.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Multiply; `add`, of the result's shape, is added where there is no ReLU."""
+        if not self.packed:
+            x = F.linear(x, self.weight, self.bias)
+            x = x.relu_() if self.relu else x
+            return x if add is None else x.add_(add)
+        ops = torch.ops.mkldnn._linear_pointwise
+        if add is None:
+            return ops(x, self.weight, self.bias, "relu" if self.relu else "none", [], "")
+        return ops.binary(x, add, self.weight, self.bias, "add")
+
+
+class Heads(nn.Module):
+    """The part of a Transformer layer after its projections: attention, output, MLP, both norms."""
+
+    def __init__(self, layer: TransformerLayer, plan: Plan) -> None:
+        super().__init__()
+        self.heads = layer.attention.heads
+        self.out = Product(linear(layer.attention.out_proj), plan)
+        self.hidden = Product(linear(layer.linear1), plan, relu=True)
+        self.back = Product(linear(layer.linear2), plan)
+        self.norms = [
+            (
+                norm.normalized_shape,
+                plan.keep(wide(norm.weight)),
+                plan.keep(wide(norm.bias)),
+                norm.eps,
+            )
+            for norm in (layer.norm1, layer.norm2)
+        ]
+
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """`x` [N, L, C] is the query before its projection `q`; `k` and `v` are [N, S, C]."""
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        if mask is None and k.shape[2] <= FEW_KEYS and k.device.type == "cpu":
+            scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+            attended = scores.softmax(dim=3) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = self.out(attended.transpose(1, 2).flatten(2), add=x)
+        x = F.layer_norm(x, *self.norms[0])
+        x = self.back(self.hidden(x), add=x)
+        return F.layer_norm(x, *self.norms[1])
+
+
+class SelfAttention(nn.Module):
+    """A Transformer layer on its own rows, its three projections in one product."""
+
+    def __init__(self, layer: TransformerLayer, plan: Plan) -> None:
+        super().__init__()
+        self.project = Product(_in_proj(layer.attention, 0, 3), plan)
+        self.rest = Heads(layer, plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(x, *self.project(x).chunk(3, dim=2))
+
+
+def projections(layer: nn.Module, first: int, last: int) -> Affine:
+    """Of a Transformer layer's input projections (query, key, value), those in [first, last)."""
+    assert isinstance(layer, TransformerLayer)
+    return _in_proj(layer.attention, first, last)
+
+
+def _in_proj(attention: Attention, first: int, last: int) -> Affine:
+    weight, bias = wide(attention.in_proj_weight), attention.in_proj_bias
+    rows = slice(first * len(weight) // 3, last * len(weight) // 3)
+    return Affine(weight[rows], wide(bias)[rows])
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Apply an activation to `x`, which it may overwrite."""
+    if activation == "mish":
+        return mish(x)
+    return x.relu_() if activation == "relu" else x
+
+
+def mish(x: Tensor) -> Tensor:
+    """`x tanh(softplus(x))` by one exponential: with e = exp(x), tanh is e(e + 2) / (e(e + 2) + 2).
+
+    From 20 on the factor is 1 in fp64 too, and the exponential would overflow later.
+    """
+    if x.device.type != "cpu":
+        return F.mish(x)
+    e = x.clamp(max=20).exp_()
+    e = torch.addcmul(2 * e, e, e)
+    return x.mul(e.div_(e + 2))
+
+
+@contextmanager
+def tensor_cores(tf32: bool | None) -> Iterator[None]:
+    """Let fp32 products and convolutions on CUDA use TF32 or not; None leaves PyTorch's setting."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    if tf32 is None or before == (tf32, tf32):
+        yield
+        return
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
