@@ -36,7 +36,7 @@ format: $(VENV)/.tools  ## mend what `make lint` can mend
 
 # The folder map exists only in an installed package, so that is what mypy reads.
 types: $(VENV)/.tools  ## check the types of the installed wheel
-	@rm -rf build
+	@rm -rf build/lib* build/bdist* build/wheel build/installed
 	$(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(PIP_INSTALL) -qq --no-deps --no-compile --target build/installed build/wheel/*.whl
 	MYPYPATH=build/installed $(BIN)/mypy -p lemma_fast
@@ -66,7 +66,7 @@ $(VENV)/.made:
 	        "On Debian and Ubuntu: sudo apt-get install python3-venv" >&2; \
 	    exit 1; }
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(PIP_INSTALL) -qq --upgrade 'setuptools>=77' wheel
+	$(PIP_INSTALL) -qq --upgrade 'setuptools>=77' wheel ninja
 	@touch $@
 
 # A torch that can be imported is left alone. An index that does not answer costs pip minutes of
@@ -88,14 +88,16 @@ $(VENV)/.torch: $(VENV)/.made
 	fi
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
+# The C++ extension is built with it. Without a compiler it does without, and says so here, because
+# pip keeps what a build says to itself.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP_INSTALL) -qq --no-build-isolation --editable .
+	@if [ -f lemma_fast/_C.missing.txt ]; then \
+	    echo "Installed without the C++ extension, which the reference does not need:" \
+	        "$$(cat lemma_fast/_C.missing.txt)" >&2; \
+	fi
 	@touch $@
 
-# torch.compile, which the tests try, writes C++.
 $(VENV)/.tools: $(VENV)/.package
-	@$(CXX) --version >/dev/null 2>&1 || { \
-	    echo "The tests need a C++ compiler, and '$(CXX)' does not run. On Debian and Ubuntu: sudo apt-get install g++" >&2; \
-	    exit 1; }
-	$(PIP_INSTALL) -qq --no-build-isolation --editable '.[dev,eval,train,triton]'
+	$(PIP_INSTALL) -qq --no-build-isolation --editable '.[dev,eval,onnx,train,triton]'
 	@touch $@

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 PACKAGES = ("lemma-fast", "torch", "numpy", "pillow", "safetensors", "huggingface_hub", "triton")
 
@@ -19,7 +18,7 @@ def lines() -> Iterator[tuple[str, str, bool]]:
         if package != "triton":
             yield package, _version(package) or "not installed", True
     yield "triton", *_triton()
-    yield "extension", _extension(), True
+    yield "extension", *_extension()
     yield "CPU", f"{torch.get_num_threads()} threads", True
     yield from _devices()
     yield "device auto", _device_choice(), True
@@ -43,10 +42,19 @@ def _triton() -> tuple[str, bool]:
     return str(triton.__version__), True
 
 
-def _extension() -> str:
-    folder = Path(__file__).parent
-    built = sorted(path.name for path in folder.glob("_C*") if path.suffix in (".so", ".pyd"))
-    return f"{', '.join(built)}" if built else "not built; the reference needs none"
+def _extension() -> tuple[str, bool]:
+    """A library that is there and does not load is out of order; to have none is not."""
+    from lemma_fast.ops import extension
+
+    why = extension.missing()
+    if why is not None:
+        return f"{why}; the reference needs none", True
+    try:
+        info = extension.build_info()
+    except ImportError as error:
+        return str(error), False
+    cuda = f"for CUDA ({info['cuda']})" if info["cuda"] else "for the CPU alone"
+    return f"built {cuda} with torch {info['torch']}; AdaFM takes {info['cpu']} here", True
 
 
 def _devices() -> Iterator[tuple[str, str, bool]]:

@@ -1,6 +1,6 @@
 """The six operations as the fast path has them, under the reference's names and signatures.
 
-Each loads its kernel when it is first called. `adafm` is the reference's own: it is not fused yet.
+Each loads its kernel, or the compiled library, when it is first called.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lemma_fast.ops.reference import adafm
-from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
+from lemma_fast.ops.weights import AdaFMWeights, BiGRUWeights, CrossAttentionWeights
 
 __all__ = [
     "adafm",
@@ -21,6 +20,13 @@ __all__ = [
     "location_enhance",
     "sparse_cross_attention",
 ]
+
+
+def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: bool) -> Tensor:
+    """Run `reference.adafm` in the compiled library; `ops/adafm.py` says within what limits."""
+    from lemma_fast.ops import adafm as compiled
+
+    return compiled.adafm(features, guidance, weights, training)
 
 
 def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:

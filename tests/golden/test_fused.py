@@ -8,9 +8,11 @@ from published_network import filled_state, golden, images
 
 from lemma_fast import LEMMA, LemmaConfig
 from lemma_fast.checkpoint import from_published
-from lemma_fast.ops import fused, reference
+from lemma_fast.ops import extension, fused, reference
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'lemma-fast[triton]'")
+if why := extension.missing():
+    pytest.skip(why, allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

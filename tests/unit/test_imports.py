@@ -38,7 +38,9 @@ CORE = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub")
 PUBLIC = (
     "lemma_fast",
     "lemma_fast.atomic",
+    "lemma_fast.baselines",
     "lemma_fast.config",
+    "lemma_fast.crnn_prior",
     "lemma_fast.model",
     "lemma_fast.recognizer",
     "lemma_fast.recognizers*",
@@ -46,7 +48,7 @@ PUBLIC = (
     "lemma_fast.ops.reference",
     "lemma_fast.ops.fused",
     "lemma_fast.checkpoint",
-    "lemma_fast.accelerate",
+    "lemma_fast.acceleration",
     "lemma_fast.images",
     "lemma_fast.inputs",
     "lemma_fast.compare",
@@ -54,7 +56,14 @@ PUBLIC = (
     "lemma_fast.upscale",
 )
 COMMAND = Rule(
-    (*PUBLIC, "lemma_fast.cli*", "lemma_fast.doctor", "lemma_fast.training*"),
+    (
+        *PUBLIC,
+        "lemma_fast.bench*",
+        "lemma_fast.cli*",
+        "lemma_fast.doctor",
+        "lemma_fast.export",
+        "lemma_fast.training*",
+    ),
     (*CORE, "typer", "rich"),
 )
 TRAINING = (
@@ -76,9 +85,14 @@ RULES = {
     "lemma_fast.ops.weights": Rule((), ("torch",)),
     "lemma_fast.ops.philox": Rule((), ("torch",)),
     "lemma_fast.ops.reference": Rule((WEIGHTS, "lemma_fast.ops.philox"), ("torch",)),
-    # What is not fused yet is the reference's own.
+    "lemma_fast.ops.extension": Rule((), ("torch",)),
+    "lemma_fast.ops.adafm": Rule((WEIGHTS, "lemma_fast.ops.extension"), ("torch",)),
     "lemma_fast.ops.fused": Rule(
-        (WEIGHTS, "lemma_fast.ops.reference", "lemma_fast.kernels.*", "lemma_fast._C"), ("torch",)
+        (WEIGHTS, "lemma_fast.ops.adafm", "lemma_fast.kernels.*"), ("torch",)
+    ),
+    "lemma_fast.ops.native": Rule(
+        (WEIGHTS, *(f"lemma_fast.ops.{name}" for name in ("extension", "fused", "reference"))),
+        ("torch",),
     ),
     "lemma_fast.kernels": Rule(),
     # An operation of several hundred lines has its backward pass in a file beside it.
@@ -90,37 +104,78 @@ RULES = {
     ),
     "lemma_fast.kernels.*": Rule((WEIGHTS,), ("torch", "triton")),
     "lemma_fast.atomic": Rule(),
+    "lemma_fast.weight_files": Rule((), ("torch", "safetensors")),
     "lemma_fast.config": Rule(),
     **{name: Rule((*NETWORK, "lemma_fast.ops", WEIGHTS), ("torch",)) for name in NETWORK[1:]},
+    "lemma_fast.crnn_prior": Rule((*NETWORK, "lemma_fast.recognizers.crnn"), ("torch",)),
     # The checkpoint module is imported inside the Hub's methods, when they are called.
     "lemma_fast.model": Rule(
-        (*NETWORK, "lemma_fast.ops", "lemma_fast.ops.reference", "lemma_fast.checkpoint"),
+        (
+            *NETWORK,
+            "lemma_fast.crnn_prior",
+            "lemma_fast.ops",
+            "lemma_fast.ops.reference",
+            "lemma_fast.checkpoint",
+        ),
         ("torch", "huggingface_hub"),
     ),
     "lemma_fast.recognizers*": Rule(
-        (*NETWORK, "lemma_fast.atomic", "lemma_fast.published", "lemma_fast.recognizers*"), CORE
+        (
+            *NETWORK,
+            "lemma_fast.atomic",
+            "lemma_fast.published",
+            "lemma_fast.weight_files",
+            "lemma_fast.recognizers*",
+        ),
+        CORE,
     ),
     "lemma_fast.published": Rule(NETWORK, ("torch",)),
-    "lemma_fast.checkpoint": Rule((*PUBLIC, "lemma_fast.published"), CORE),
-    "lemma_fast.accelerate": Rule((*PUBLIC, *NETWORK, WEIGHTS), ("torch",)),
+    "lemma_fast.checkpoint": Rule(
+        (*PUBLIC, "lemma_fast.published", "lemma_fast.weight_files"), CORE
+    ),
+    "lemma_fast.baselines*": Rule(
+        (*PUBLIC, *NETWORK, "lemma_fast.weight_files", "lemma_fast.baselines.*"), CORE
+    ),
+    "lemma_fast.acceleration*": Rule(
+        (
+            *PUBLIC,
+            *NETWORK,
+            WEIGHTS,
+            "lemma_fast.ops.extension",
+            "lemma_fast.ops.native",
+            "lemma_fast.ops.adafm",
+            "lemma_fast.acceleration.*",
+        ),
+        ("torch",),
+    ),
     "lemma_fast.images": Rule(("lemma_fast.atomic",), CORE),
     **{
         f"lemma_fast.{name}": Rule(PUBLIC, CORE)
         for name in ("inputs", "compare", "stream", "upscale")
     },
+    "lemma_fast.export": Rule((*PUBLIC, WEIGHTS), (*CORE, "onnx", "onnxruntime")),
+    "lemma_fast.timing": Rule((), ("torch",)),
+    # They compare with other runtimes where those are installed.
+    "lemma_fast.bench*": Rule(
+        (*PUBLIC, "lemma_fast.bench*", "lemma_fast.export", "lemma_fast.timing"),
+        (*CORE, "onnxruntime", "openvino"),
+    ),
     "lemma_fast.training*": Rule(
         (*PUBLIC, "lemma_fast.transformer", "lemma_fast.training*"), (*CORE, *TRAINING)
     ),
     "lemma_fast.cli*": COMMAND,
     "lemma_fast.__main__": COMMAND,
-    # It tells which Triton is installed.
-    "lemma_fast.doctor": Rule(COMMAND.ours, (*COMMAND.others, "triton")),
+    # It tells which Triton is installed, and whether the C++ extension is.
+    "lemma_fast.doctor": Rule(
+        (*COMMAND.ours, "lemma_fast.ops.extension"), (*COMMAND.others, "triton")
+    ),
     "lemma_fast": Rule(PUBLIC),
 }
 
 HEAVY = (
     "triton",
-    "lemma_fast._C",
+    "lemma_fast.ops.extension",
+    "lemma_fast.ops.adafm",
     "lemma_fast.kernels",
     "lemma_fast.ops.fused",
     "lemma_fast.training",

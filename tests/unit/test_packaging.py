@@ -17,7 +17,7 @@ FOLDERS = {
     "kernels": "lemma_fast/kernels",
     "training": "lemma_fast/training",
 }
-NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", ".*")
+NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", "_C.missing.txt", ".*")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,219 @@
+"""AdaFM compiled: what PyTorch has to know of `torch.ops.lemma_fast.adafm*`, and the public door.
+
+The library that `csrc/` makes holds the schemas and the code for CPU and CUDA; here are the shapes
+of the results, the gradients, and the function that `ops.fused` offers. Importing this module loads
+the library: ImportError where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemma_fast.ops import extension
+from lemma_fast.ops.weights import AdaFMWeights, BranchWeights
+
+extension.load()
+
+# By the size of a number: fp32 does not get 128 channels into the registers of a thread.
+_MAX_CUDA_CHANNELS = {4: 64, 2: 128}
+_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: bool) -> Tensor:
+    """Run `ops.reference.adafm` in compiled code; the result lies in memory as `features` does.
+
+    `features` and `guidance` [N, C, H, W] with any strides; on the CPU any C, on CUDA up to 64 in
+    fp32 and 128 in half precision. fp32, fp16 and bf16, with fp32 sums and parameters of any of
+    these; fp64 on the CPU alone. Without gradients and in evaluation the norms are folded into the
+    convolutions. In training the running statistics are updated in place, as `nn.BatchNorm2d` does.
+    Under autocast both maps are cast, as the reference's convolutions cast theirs. Raises
+    ValueError for what does not fit.
+    """
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        features, guidance = features.to(dtype), guidance.to(dtype)
+    elif features.dtype != guidance.dtype:
+        dtype = torch.promote_types(features.dtype, guidance.dtype)
+        features, guidance = features.to(dtype), guidance.to(dtype)
+    _check(features, guidance, weights, training)
+    # An empty batch has no statistics to add.
+    training = training and features.shape[0] > 0
+    tensors = _flatten(weights)
+    compute = _computing(features.dtype)
+    plain = [tensor if tensor.dtype == compute else tensor.to(compute) for tensor in tensors]
+    tf32 = _allows_tf32()
+    ops = torch.ops.lemma_fast
+    if not training and not (
+        torch.is_grad_enabled() and any(x.requires_grad for x in (features, guidance, *plain))
+    ):
+        folded = ops.adafm_fold(plain, features.dtype)
+        return ops.adafm_inference(features, guidance, folded, tf32)
+    out, _, shares = ops.adafm(features, guidance, plain, training, tf32)
+    if training:
+        running = [tensors[norm + i] for norm in _NORMS for i in (2, 3)]
+        with torch.no_grad():
+            torch._foreach_mul_(running, 1 - 0.1)
+            torch._foreach_add_(running, [share.to(compute) for share in shares.flatten(0, 1)])
+    return out
+
+
+# A compiled graph holds the answer; PyTorch compiles it again when the setting changes.
+@torch.compiler.assume_constant_result
+def _allows_tf32() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+# Where `_flatten` puts each norm: its weight and bias, then its running mean and variance.
+_NORMS = (0, 6, 15, 24, 41, 48)
+_WEIGHTS = 52
+_TRAINED = [i for i in range(_WEIGHTS) if not any(i in (norm + 2, norm + 3) for norm in _NORMS)]
+
+
+def _flatten(weights: AdaFMWeights) -> list[Tensor]:
+    """The 52 tensors in the order of csrc/adafm_math.h, which is that of the named tuples."""
+    return [
+        *weights.guidance_norm,
+        *(tensor for branch in weights.branches for tensor in _branch(branch)),
+        *weights.global_conv,
+        *weights.gate,
+        *_branch(weights.aggregate),
+        *weights.out_norm,
+    ]
+
+
+def _branch(weights: BranchWeights) -> list[Tensor]:
+    reduce_weight, reduce_bias, norm, *rest = weights
+    return [reduce_weight, reduce_bias, *norm, *rest]
+
+
+def _computing(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: bool) -> None:
+    """Refuse what the maps have wrong; the parameters' own sizes are checked in C++."""
+    if features.dim() != 4 or features.shape != guidance.shape:
+        raise ValueError(
+            f"features are {[*features.shape]} and guidance {[*guidance.shape]}; "
+            "both must be [N, C, H, W] and alike"
+        )
+    global_weight = weights.global_conv[0]
+    if features.shape[2:] != global_weight.shape[2:]:
+        raise ValueError(
+            f"features are {tuple(features.shape[2:])} in height and width, the global convolution "
+            f"is {tuple(global_weight.shape[2:])}"
+        )
+    N, C, H, W = features.shape
+    if global_weight.shape[0] != C:
+        raise ValueError(f"features have {C} channels, the weights take {global_weight.shape[0]}")
+    if not features.device == guidance.device == global_weight.device:
+        raise ValueError(
+            f"features are on {features.device}, guidance on {guidance.device} and the weights on "
+            f"{global_weight.device}: move all to one device"
+        )
+    if features.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the fused AdaFM runs on CPU and CUDA, not on {features.device}")
+    if features.dtype not in _TYPES:
+        raise ValueError(f"features are {features.dtype}; AdaFM takes fp32, fp16, bf16 and fp64")
+    if features.is_cuda:
+        if features.dtype == torch.float64:
+            raise ValueError("features are torch.float64; on CUDA use ops.reference for fp64")
+        most = _MAX_CUDA_CHANNELS[features.itemsize]
+        if most < C:
+            raise ValueError(f"C = {C}: on CUDA the fused AdaFM takes up to {most} channels")
+    if training and N * H * W == 1:
+        raise ValueError(f"batch statistics need more than one position, got {[*features.shape]}")
+
+
+def _empty_map(like: Tensor) -> Tensor:
+    """Return an uninitialised map with the sizes and the layout of `like`."""
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty_like(like, memory_format=layout)
+
+
+@torch.library.register_fake("lemma_fast::adafm_fold")
+def _(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    C, _, H, W = weights[31].shape
+    size = _folded_bytes(weights[0].device.type, C, H * W, dtype)
+    return weights[0].new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.register_fake("lemma_fast::adafm_inference")
+def _(features: Tensor, guidance: Tensor, folded: Tensor, tf32: bool) -> Tensor:
+    return _empty_map(features)
+
+
+@torch.library.register_fake("lemma_fast::adafm")
+def _(
+    features: Tensor, guidance: Tensor, weights: Sequence[Tensor], training: bool, tf32: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, C, H, W = features.shape
+    size = _saved_bytes(features.device.type, N, C, H * W, features.dtype)
+    saved = features.new_empty(size, dtype=torch.uint8)
+    norms = len(_NORMS) if training else 0
+    shares = features.new_empty(norms, 2, C, dtype=_computing(features.dtype))
+    return _empty_map(features), saved, shares
+
+
+@torch.library.register_fake("lemma_fast::adafm_backward")
+def _(
+    grad_out: Tensor,
+    features: Tensor,
+    guidance: Tensor,
+    weights: Sequence[Tensor],
+    saved: Tensor,
+    training: bool,
+    tf32: bool,
+) -> list[Tensor]:
+    grads = [weight.new_empty(weight.shape) for weight in weights]
+    return [_empty_map(features), _empty_map(guidance), *grads]
+
+
+def _folded_bytes(device: str, C: int, P: int, dtype: torch.dtype) -> int:
+    """Size of what `adafm_fold` makes: csrc/adafm_cpu.h, `Prepared`; on CUDA the kernels say it."""
+    if device == "cuda":
+        kind = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
+        return extension.library().lemma_fast_adafm_folded_bytes(int(C), int(P), kind)
+    C = (C + 15) // 16 * 16
+    return (C * (14 * C + P + 11) + 16) * _computing(dtype).itemsize
+
+
+def _saved_bytes(device: str, N: int, C: int, P: int, dtype: torch.dtype) -> int:
+    """Size of what a forward pass keeps: csrc/adafm_cpu.h, `Saved`; csrc/adafm_cuda.cpp."""
+    if device == "cuda":
+        return N * C * (7 * P * dtype.itemsize + 16) + 96 * C + 1024
+    C = (C + 15) // 16 * 16
+    return C * (2 * len(_NORMS) + N + 5 * N * P) * _computing(dtype).itemsize
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    features, guidance, weights, ctx.training, ctx.tf32 = inputs
+    _, saved, shares = output
+    # The running statistics are about to be updated, and are not needed.
+    ctx.save_for_backward(features, guidance, saved, *(weights[i] for i in _TRAINED))
+    ctx.mark_non_differentiable(saved, shares)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *_: object) -> tuple[Any, ...]:
+    if grad_out is None:
+        return None, None, None, None, None
+    features, guidance, saved, *trained = ctx.saved_tensors
+    grad_features, grad_guidance, *rest = torch.ops.lemma_fast.adafm_backward(
+        grad_out, features, guidance, trained, saved, ctx.training, ctx.tf32
+    )
+    grads: list[Tensor | None] = [None] * _WEIGHTS
+    for i, grad in zip(_TRAINED, rest, strict=True):
+        grads[i] = grad
+    return grad_features, grad_guidance, grads, None, None
+
+
+torch.library.register_autograd("lemma_fast::adafm", _backward, setup_context=_setup_context)
