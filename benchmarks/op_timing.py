@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lemma_fast.ops import fused, reference
+from lemma_fast.timing import Rates, bytes_per_second, flops_per_second
 
 BATCHES = (1, 8, 64, 256)
 IMPLEMENTATIONS = ("reference", "compiled", "fused")
@@ -38,36 +38,6 @@ MARKS = [
     ),
     pytest.mark.benchmark(timer=synchronised),
 ]
-
-
-def _best_time(call: Callable[[], object], repeats: int = 10) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        start = synchronised()
-        call()
-        times.append(synchronised() - start)
-    return min(times)
-
-
-@cache
-def bytes_per_second() -> float:
-    """Bytes read and written by a copy of 512 MB."""
-    source = torch.empty(1 << 29, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _best_time(lambda: target.copy_(source))
-
-
-@cache
-def flops_per_second(dtype: torch.dtype) -> float:
-    """Rate of a square matrix product of `dtype`; TF32 for fp32."""
-    size = 8192
-    a = torch.randn(size, size, device="cuda", dtype=dtype)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    rate = 2 * size**3 / _best_time(lambda: a @ a)
-    torch.backends.cuda.matmul.allow_tf32 = before
-    return rate
 
 
 def _function(implementation: str, name: str) -> Callable[..., Any]:
@@ -112,7 +82,10 @@ def time_operation(
 
     step()
     dtype = out.dtype
-    floor = max(moved / bytes_per_second(), flops / flops_per_second(dtype))
+    # TF32 is the fastest that fp32 may be.
+    here = torch.device("cuda", torch.cuda.current_device())
+    rates = Rates(bytes_per_second(here), flops_per_second(here, dtype, tf32=True))
+    floor = rates.floor(moved, flops)
     benchmark.pedantic(step, rounds=20, iterations=50, warmup_rounds=3)
     benchmark.extra_info.update(
         bytes=moved,

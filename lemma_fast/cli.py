@@ -10,6 +10,10 @@ from typing import Annotated, Optional
 
 import typer
 
+from lemma_fast.cli_bench import bench
+from lemma_fast.cli_errors import fail
+from lemma_fast.cli_export import export
+
 app = typer.Typer(
     name="lemma-fast",
     help="Scene-text super-resolution: blurred word crops to twice their size.",
@@ -211,13 +215,31 @@ def upscale(
             rich_help_panel="Network",
         ),
     ] = None,
+    accelerate: Annotated[
+        bool,
+        typer.Option(
+            "--accelerate/--no-accelerate",
+            help="Run the folded, fused copy of the network, or the network as it is.",
+            rich_help_panel="Network",
+        ),
+    ] = True,
+    read: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="NAME[=FILE]",
+            help="Also let a recogniser read each crop before (bicubic) and after, for --jsonl and "
+            "--compare: tesseract, or abinet, aster, crnn, matrn, moran, parseq or text_focus with "
+            "its checkpoint.",
+            rich_help_panel="Reports",
+        ),
+    ] = None,
     jsonl: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
             metavar="FILE",
             help="Write one line of JSON for each input: status, output or error, sizes, "
-            "milliseconds, the text that the network's prior read, and its length. - for standard "
-            "output.",
+            "milliseconds, the text that the network's prior read, its length, and what --read "
+            "read. - for standard output.",
             rich_help_panel="Reports",
         ),
     ] = None,
@@ -252,6 +274,8 @@ def upscale(
             device=device,
             dtype=dtype.value,
             batch_size=batch_size,
+            accelerate=accelerate,
+            read=read,
             jsonl=jsonl,
             quiet=quiet,
             verbose=verbose,
@@ -285,11 +309,15 @@ def convert(
     try:
         run(source, target)
     except CheckpointError as error:
-        _fail(str(error))
+        fail(str(error))
     except (OSError, RuntimeError) as error:
         # Torch reports a full disk as RuntimeError.
-        _fail(f"cannot write {target}: {str(error).splitlines()[0]}")
+        fail(f"cannot write {target}: {str(error).splitlines()[0]}")
     typer.echo(f"wrote {target}")
+
+
+app.command()(export)
+app.command()(bench)
 
 
 @app.command()
@@ -340,15 +368,10 @@ def _training(context: typer.Context, name: str) -> None:
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
         if missing.split(".")[0] == "lemma_fast":
-            _fail(f"{name} needs {missing}, which this installation of lemma-fast lacks")
+            fail(f"{name} needs {missing}, which this installation of lemma-fast lacks")
         extras = "train,eval" if name == "evaluate" else "train"
-        _fail(f"{name} needs {missing}, which is not installed: pip install 'lemma-fast[{extras}]'")
+        fail(f"{name} needs {missing}, which is not installed: pip install 'lemma-fast[{extras}]'")
     raise typer.Exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import typer
 
 from lemma_fast import LEMMA, LemmaConfig, checkpoint, cli
 
-COMMANDS = ("upscale", "convert", "doctor", "train", "evaluate", "data")
+COMMANDS = ("upscale", "convert", "doctor", "export", "bench", "train", "evaluate", "data")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,285 @@
+"""README's tables and the plots, from the JSON files in benchmarks/results/ alone.
+
+    python benchmarks/report.py            writes between README's markers, and the plots
+    python benchmarks/report.py --check    says whether README is what would be written
+
+A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`; names are model, stages,
+training, ops and golden. Files: what `lemma-fast bench -o` and pytest-benchmark's --benchmark-json
+write, and {"kind": "golden", "columns": [...], "rows": [[...]]} for deviations from the goldens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- benchmark:([a-z]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+#: The batch size of the operations' table; the largest where a file has no such one.
+OPS_BATCH = 64
+
+Content = dict[str, Any]
+
+
+def read(folder: Path) -> dict[str, Content]:
+    """The JSON files of a folder by their stems, in order; suites' summaries are none of ours."""
+    files = {
+        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
+    }
+    return {stem: content for stem, content in files.items() if kind(content) != "other"}
+
+
+def kind(content: Content) -> str:
+    """What wrote a file: model, golden, ops, or something else."""
+    if "benchmarks" in content and "machine_info" in content:
+        return "ops"
+    found = str(content.get("kind", "other"))
+    return found if found in ("model", "golden") else "other"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, whose first column is on the left and the others on the right."""
+    head = list(head)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def caption(about: Content) -> str:
+    """What the numbers were measured with."""
+    versions = about["versions"]
+    parts = [about["device"]]
+    if about["device_type"] == "cuda":
+        parts.append(f"driver {about['driver']}, CUDA {about['cuda']}")
+    else:
+        parts.append(f"{about['threads']} threads" if about["threads"] > 1 else "1 thread")
+    names = {"torch": "PyTorch", "triton": "Triton", "onnxruntime": "ONNX Runtime"}
+    names["openvino"] = "OpenVINO"
+    parts += [f"{shown} {versions[name]}" for name, shown in names.items() if versions.get(name)]
+    parts.append(f"{about['date'][:10]}, commit {short(about.get('commit'))}")
+    return "; ".join(parts) + "."
+
+
+def short(commit: str | None) -> str:
+    """A commit as people write it; a + stays: the tree had changes."""
+    return commit[:9] + commit[40:] if commit else "unknown"
+
+
+def duration(seconds: float) -> str:
+    """Three figures and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale or unit == "µs":
+            return f"{figures(seconds / scale)} {unit}"
+    raise AssertionError
+
+
+def figures(value: float) -> str:
+    """Three significant figures, never in powers of ten."""
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}"
+
+
+def model_table(content: Content) -> str:
+    """Median time of a batch by variant and batch size, with the ratio to the reference."""
+    batches = sorted({row["batch"] for row in content["rows"]})
+    lines: dict[tuple[str, str, str], dict[int, Content]] = {}
+    for row in content["rows"]:
+        key = row["model"], row["variant"], row["precision"]
+        lines.setdefault(key, {})[row["batch"]] = row
+    head = ["network, variant, precision", *(f"batch {batch}" for batch in batches), "off by"]
+    shown = []
+    for (model, variant, precision), cells in lines.items():
+        if all(row["status"] == "unavailable" for row in cells.values()):
+            continue
+        off = [row["deviation"] for row in cells.values() if "deviation" in row]
+        name = f"{model}, {variant}, {precision}"
+        timed = [timing(cells.get(batch)) for batch in batches]
+        shown.append([name, *timed, f"{max(off):.0e}" if off and max(off) else ""])
+    return table(head, shown)
+
+
+def timing(row: Content | None) -> str:
+    """Median and ratio of a row, or why there is none."""
+    if row is None:
+        return ""
+    if "seconds" not in row:
+        return str(row["status"])
+    ratio = f" ({figures(row['ratio']['median'])}x)" if "ratio" in row else ""
+    return duration(row["seconds"]["median"]) + ratio
+
+
+def stage_table(content: Content) -> str:
+    """Share of a forward pass by stage, a column for each network and batch size."""
+    rows = content["stages"]
+    names = list(dict.fromkeys(stage for row in rows for stage in row["stages"]))
+    head = ["stage", *(f"{r['model']}, {r['variant']}, batch {r['batch']}" for r in rows)]
+    shares = [stage_shares(row) for row in rows]
+    lines = [[name, *(f"{share.get(name, 0):.0%}" for share in shares)] for name in names]
+    whole = [duration(sum(s["median"] for s in row["stages"].values())) for row in rows]
+    return table(head, [*lines, ["in all", *whole]])
+
+
+def stage_shares(row: Content) -> dict[str, float]:
+    """Stages as parts of one."""
+    whole = sum(stage["median"] for stage in row["stages"].values())
+    return {name: stage["median"] / whole for name, stage in row["stages"].items()}
+
+
+def training_table(content: Content) -> str:
+    """Median time and memory of a training step."""
+    lines = []
+    for row in content["training"]:
+        if row["status"] == "unavailable":
+            continue
+        peak = row.get("peak_bytes")
+        name = f"{row['model']}, {row['variant']}, {row['precision']}, batch {row['batch']}"
+        memory = f"{figures(peak / 2**30)} GiB" if peak is not None else ""
+        lines.append([name, timing(row), memory])
+    return table(["network, variant, precision", "a step", "memory"], lines)
+
+
+def ops_table(content: Content) -> str:
+    """Operations by implementation at one batch size, and how many floors ours takes."""
+    cases: dict[str, dict[int, dict[str, Content]]] = {}
+    for entry in content["benchmarks"]:
+        params = dict(entry["params"] or {})
+        way, batch = params.get("implementation"), int(params.get("N", 0))
+        if way is None:
+            continue
+        operation = entry["name"].partition("[")[0].removeprefix("bench_")
+        # Parameters that are no plain values, such as dtypes, stand in the test's id alone.
+        found = re.search(r"\[(.*)\]", entry["name"])
+        words = [word.removeprefix("torch.") for word in found[1].split("-")] if found else []
+        words = [word for word in words if word not in (way, str(batch))]
+        cases.setdefault(f"{operation} {' '.join(words)}", {}).setdefault(batch, {})[way] = entry
+    lines = []
+    for name, batches in cases.items():
+        batch = OPS_BATCH if OPS_BATCH in batches else max(batches)
+        times = {way: entry["stats"]["median"] for way, entry in batches[batch].items()}
+        base = times.get("reference", times.get("torch"))
+        own = next((way for way in ("fused", "native") if way in times), None)
+        floors = batches[batch][own].get("extra_info", {}).get("floors") if own else None
+        cells = [base, times.get("compiled"), times[own] if own else None]
+        against = [
+            figures(cell / cells[2]) + "x" if cell and cells[2] else "" for cell in cells[:2]
+        ]
+        shown = [duration(cell) if cell else "" for cell in cells]
+        lines.append(
+            [f"{name}, batch {batch}", *shown, *against, figures(floors) if floors else ""]
+        )
+    head = ["operation", "reference", "compiled", "ours", "to reference", "to compiled", "floors"]
+    return table(head, lines)
+
+
+def golden_table(content: Content) -> str:
+    """Deviations from the published network's numbers, as the file has them."""
+    return table(content["columns"], content["rows"])
+
+
+# By name: the kind of file, the part of it that must not be empty, and what makes the table.
+TABLES: dict[str, tuple[str, str, Callable[[Content], str]]] = {
+    "model": ("model", "rows", model_table),
+    "stages": ("model", "stages", stage_table),
+    "training": ("model", "training", training_table),
+    "ops": ("ops", "benchmarks", ops_table),
+    "golden": ("golden", "rows", golden_table),
+}
+
+
+def section(name: str, results: dict[str, Content]) -> str:
+    """What stands between the markers of a name: a table and its caption for each file."""
+    wanted, part, make = TABLES[name]
+    parts = []
+    for content in results.values():
+        if kind(content) != wanted or not content.get(part):
+            continue
+        parts.append(make(content))
+        if "environment" in content:
+            parts.append(caption(content["environment"]))
+        elif "commit_info" in content:
+            info, when = content["commit_info"], content["datetime"][:10]
+            device = next(
+                (d for e in content["benchmarks"] if (d := e["extra_info"].get("device"))), ""
+            )
+            parts.append(f"{device}; {when}, commit {short(info.get('id'))}.")
+    return "\n\n".join(parts) if parts else "Not measured yet."
+
+
+def rewritten(text: str, results: dict[str, Content]) -> str:
+    """`text` with every marked section written anew; ValueError for a name that is none."""
+
+    def fill(found: re.Match[str]) -> str:
+        if found[2] not in TABLES:
+            raise ValueError(f"there is no table {found[2]!r}; tables are {', '.join(TABLES)}")
+        return f"{found[1]}{section(found[2], results)}\n{found[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def plot(content: Content, path: Path) -> None:
+    """Throughput by batch size, and the share of each stage, of one file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in content["rows"]:
+        if "seconds" in row:
+            name = f"{row['model']}, {row['variant']}, {row['precision']}"
+            point = row["batch"], row["batch"] / row["seconds"]["median"]
+            lines.setdefault(name, []).append(point)
+    for name, points in lines.items():
+        left.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    left.set(xscale="log", yscale="log", xlabel="batch size", ylabel="crops a second")
+    left.set_title(content["environment"]["device"], fontsize="medium")
+    if lines:
+        left.legend(fontsize="x-small")
+    names = list(dict.fromkeys(n for row in content["stages"] for n in row["stages"]))
+    bars = [f"{r['model']}\n{r['variant']}\nbatch {r['batch']}" for r in content["stages"]]
+    shares = [stage_shares(row) for row in content["stages"]]
+    bottom = [0.0] * len(bars)
+    for name in names:
+        heights = [share.get(name, 0.0) for share in shares]
+        right.bar(range(len(bars)), heights, bottom=bottom, label=name)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    right.set_xticks(range(len(bars)), bars, fontsize="x-small")
+    right.set_ylabel("share of a forward pass")
+    if names:
+        right.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    # Without the date that matplotlib writes, the same JSON makes the same file.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write or check; 1 where README is not what the results make it."""
+    parser = argparse.ArgumentParser(description="Tables and plots from benchmarks/results/.")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument("--no-plots", action="store_true")
+    given = parser.parse_args(arguments)
+    results = read(given.results)
+    before = given.readme.read_text("utf-8")
+    after = rewritten(before, results)
+    if given.check:
+        if before != after:
+            print(f"{given.readme} is not what {given.results} makes it: run {Path(__file__).name}")
+        return int(before != after)
+    given.readme.write_text(after, "utf-8")
+    if not given.no_plots:
+        for stem, content in results.items():
+            if kind(content) == "model" and content["rows"]:
+                plot(content, given.results / f"{stem}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
