@@ -144,7 +144,8 @@ def child_environment(folder: Path) -> dict[str, str]:
     """The environment of every step: the linked package first, no waiting for output."""
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     return {
-        **os.environ,
+        # A pytest that starts this one may have workers; those of its steps have none.
+        **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")},
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
     }

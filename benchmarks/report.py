@@ -4,8 +4,9 @@
     python benchmarks/report.py --check    says whether README is what would be written
 
 A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`; names are model, stages,
-training, ops and golden. Files: what `lemma-fast bench -o` and pytest-benchmark's --benchmark-json
-write, and {"kind": "golden", "columns": [...], "rows": [[...]]} for deviations from the goldens.
+training, ops, golden and evaluation. Files: what `lemma-fast bench -o`, pytest-benchmark's
+--benchmark-json and `lemma-fast evaluate -o` write, and {"kind": "golden", "columns": [...],
+"rows": [[...]]} for deviations from the goldens.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- benchmark:([a-z]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 #: The batch size of the operations' table; the largest where a file has no such one.
 OPS_BATCH = 64
+_ENDS = ("mean", "low", "high")
 
 Content = dict[str, Any]
 
@@ -36,7 +38,9 @@ def read(folder: Path) -> dict[str, Content]:
 
 
 def kind(content: Content) -> str:
-    """What wrote a file: model, golden, ops, or something else."""
+    """What wrote a file: model, golden, ops, evaluation, or something else."""
+    if "gain_over_bicubic" in content:
+        return "evaluation"
     if "benchmarks" in content and "machine_info" in content:
         return "ops"
     found = str(content.get("kind", "other"))
@@ -181,6 +185,28 @@ def golden_table(content: Content) -> str:
     return table(content["columns"], content["rows"])
 
 
+def evaluation_table(content: Content) -> str:
+    """Word accuracy, PSNR and SSIM with 95 % intervals, a line for each set and image."""
+    results, gains = content["results"], content["gain_over_bicubic"]
+    columns = [c for c in next(iter(gains.values())) if not c.startswith("prior ")]
+    lines = []
+    for name, rows in results.items():
+        for row, found in (*rows.items(), ("gain over bicubic", gains[name])):
+            cells = [quality(column, found[column], row.startswith("gain")) for column in columns]
+            lines.append([f"{name}, {row}", *cells])
+    return table(["crops, image", *columns], lines)
+
+
+def quality(column: str, value: Content, gain: bool) -> str:
+    """A mean with its interval: words in percent, PSNR in dB."""
+    percent = column.endswith("accuracy")
+    scale, digits = (100, 1) if percent else (1, 2 if column == "PSNR" else 4)
+    sign = "+" if gain else ""
+    mean, *ends = (format(scale * value[key], f"{sign}.{digits}f") for key in _ENDS)
+    unit = " %" if percent and not gain else ""
+    return f"{mean}{unit} ({ends[0]} to {ends[1]})"
+
+
 # By name: the kind of file, the part of it that must not be empty, and what makes the table.
 TABLES: dict[str, tuple[str, str, Callable[[Content], str]]] = {
     "model": ("model", "rows", model_table),
@@ -188,6 +214,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Content], str]]] = {
     "training": ("model", "training", training_table),
     "ops": ("ops", "benchmarks", ops_table),
     "golden": ("golden", "rows", golden_table),
+    "evaluation": ("evaluation", "results", evaluation_table),
 }
 
 

@@ -21,7 +21,7 @@ def start_from_interpolation(network: LEMMA) -> None:
 
     Its residual way is left as it is: the first `in_channels` channels carry the crop from the
     stem to the output, the tail's batch norm starts at 0, and all else keeps its random weights.
-    A network without this spends its first thousands of steps on learning to copy.
+    A network without this has to learn to copy first.
     """
     count = network.config.in_channels
     for conv in (network.stem, network.upsampler.expand, network.upsampler.project):

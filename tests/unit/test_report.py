@@ -171,3 +171,22 @@ def test_readme_is_what_the_results_make_it():
     root = Path(__file__).resolve().parents[2]
     text = (root / "README.md").read_text("utf-8")
     assert report.rewritten(text, report.read(root / "benchmarks" / "results")) == text
+
+
+def test_an_evaluation_becomes_a_table_of_readings_and_gains(results):
+    def value(mean):
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+    row = {"tesseract accuracy": value(0.5), "prior accuracy": value(0.2), "PSNR": value(22.0)}
+    content = {
+        "results": {"hard": {"bicubic": row, "SR": row | {"PSNR": value(23.25)}}},
+        "gain_over_bicubic": {"hard": row | {"PSNR": value(1.25)}},
+    }
+    (results / "small.json").write_text(json.dumps(content))
+    readme = results.parent / "README.md"
+    readme.write_text("<!-- benchmark:evaluation -->\n<!-- /benchmark -->\n")
+    call(results, "--no-plots")
+    text = readme.read_text()
+    assert "| crops, image | tesseract accuracy | PSNR |" in text
+    assert "| hard, SR | 50.0 % (40.0 to 60.0) | 23.25 (23.15 to 23.35) |" in text
+    assert "| hard, gain over bicubic | +50.0 (+40.0 to +60.0) | +1.25 (+1.15 to +1.35) |" in text
