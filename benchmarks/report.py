@@ -192,7 +192,8 @@ def evaluation_table(content: Content) -> str:
     lines = []
     for name, rows in results.items():
         for row, found in (*rows.items(), ("gain over bicubic", gains[name])):
-            cells = [quality(column, found[column], row.startswith("gain")) for column in columns]
+            gain = row not in rows
+            cells = [quality(c, found[c], gain) if c in found else "" for c in columns]
             lines.append([f"{name}, {row}", *cells])
     return table(["crops, image", *columns], lines)
 
