@@ -1,14 +1,15 @@
 """Both directions of the alignment: cross-attention layers over rows that stay on the chip.
 
 A program owns a tile of query rows of one image and takes it through all layers of a direction:
-projections of the keys and values in tiles, online softmax, output projection, residual, LayerNorm,
-MLP, residual, LayerNorm. Image to text: the characters ask, the K selected rows are key and value.
-Text to image: the K selected rows and one row of zeros ask, and the result goes straight into the
-map [N, C, H, W]: selected rows scattered, the zero row's at every other position. One launch for
-each direction; every position is written once, by one program.
+head by head the projections of queries, keys and values, online softmax over tiles of keys and the
+head's part of the output projection; then residual, LayerNorm, MLP, residual, LayerNorm.
+Image to text: the characters ask, the K selected rows are key and value. Text to image: the K
+selected rows and one row of zeros ask, and the result goes straight into the map [N, C, H, W]:
+selected rows scattered, the zero row's at every other position. One launch for each direction;
+every position is written once, by one program.
 
 Backward keeps only the inputs and the key of the second direction. It runs a direction again to
-have each layer's input, then walks the layers back in one launch
+have each layer's input, then walks the layers back, a launch for each
 (`sparse_cross_attention_backward.py`, apart for its length); parameters' gradients are products of
 the stored row gradients, in a fixed order, so all results are reproducible.
 
@@ -26,15 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemma_fast.kernels.sparse_cross_attention_backward import WARPS, Sizes, direction_gradients
+from lemma_fast.kernels.sparse_cross_attention_backward import Sizes, direction_gradients
 from lemma_fast.kernels.sparse_cross_attention_layer import (
     attend,
-    by_head,
     dropout,
     linear,
-    merge_heads,
+    matrix,
     normalise,
-    own_columns,
     unselected,
     vector,
 )
@@ -47,9 +46,10 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
              C: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr,
              SHARE: tl.constexpr, SITE: tl.constexpr, ZERO_ROW: tl.constexpr,
              STATES: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_L: tl.constexpr,
-             BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
-             BLOCK_HEADS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+             BLOCK_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     DOT: tl.constexpr = query.dtype.element_ty
+    D: tl.constexpr = C // HEADS
     n = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     slot = tl.arange(0, BLOCK_L)
@@ -59,7 +59,7 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
     row = tl.where(slot >= ZERO_ROW, row, GIVEN)
     c = tl.arange(0, BLOCK_C).to(tl.int64)
     inside = given[:, None] & (c < C)[None, :]
-    own = own_columns(C, HEADS, BLOCK_HEADS, BLOCK_C)
+    scaling = 1 / tl.sqrt(D * 1.0)
     number = tl.load(seed) if DROPOUT else 0
     source = query + n * query_strides[0] + row[:, None].to(tl.int64) * query_strides[1]
     x = tl.load(source + c[None, :] * query_strides[2], mask=inside, other=0.0).to(tl.float32)
@@ -71,15 +71,19 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
         site = SITE + 4 * layer
         weight = params + layer * (4 * C * C + 2 * F * C + F + 9 * C)
         bias = weight + 3 * C * C
-        q = linear(x, weight, bias, C, C, BLOCK_C, BLOCK_C, DOT, PRECISION)
-        q_rows = by_head(q / tl.sqrt(C / HEADS * 1.0), own, BLOCK_HEADS).to(DOT)
-        context, _ = attend(q_rows, n, row, key, value, key_strides, value_strides, weight, bias,
-                            number, site, p, S, C, HEADS, DROPOUT, BLOCK_HEADS, BLOCK_S, DOT,
-                            PRECISION)  # fmt: skip
-        context = merge_heads(context, own, BLOCK_HEADS)
-        weight = bias + 3 * C
-        y = linear(context, weight, weight + C * C, C, C, BLOCK_C, BLOCK_C, DOT, PRECISION)
-        weight += C * C + C
+        out_weight = bias + 3 * C
+        y = tl.zeros([BLOCK_L, BLOCK_C], tl.float32) + vector(out_weight + C * C, C, BLOCK_C)
+        for head in tl.range(0, HEADS, num_stages=1):
+            w, b = weight + head * D * C, bias + head * D
+            # Plus zero, as in `attend`: else all of x would lie ready for products all along.
+            q = linear(x + head // HEADS, w, b, C, D, BLOCK_C, BLOCK_D, DOT, PRECISION)
+            q = (q * scaling).to(DOT)
+            context, _ = attend(q, n, row, head, key, value, key_strides, value_strides, w, b,
+                                number, site, p, S, C, HEADS, DROPOUT, BLOCK_S, BLOCK_C,
+                                PRECISION)  # fmt: skip
+            m = matrix(out_weight + head * D, C, C, D, BLOCK_C, BLOCK_D, DOT)
+            y = tl.dot(context.to(DOT), tl.trans(m), y, input_precision=PRECISION)
+        weight = out_weight + C * C + C
         by_c = row[:, None] * C + c[None, :].to(tl.int32)
         by_f = row[:, None] * F + tl.arange(0, BLOCK_F)[None, :]
         if DROPOUT:
@@ -130,7 +134,7 @@ def _run(
         _forward[query.shape[0], sizes.tiles](
             query, key, value, index, params, seed, out, query.stride(), key.stride(),
             value.stride(), p, layers - (states > 0), *constants, DROPOUT=p > 0, STATES=states,
-            num_warps=WARPS, **sizes.blocks(),
+            **sizes.launch(query.itemsize),
         )  # fmt: skip
 
 

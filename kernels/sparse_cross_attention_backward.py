@@ -1,9 +1,10 @@
-"""Gradients of one direction of `sparse_cross_attention`: all layers in one launch, last first.
+"""Gradients of one direction of `sparse_cross_attention`: a launch for each layer, last first.
 
-A program owns a tile of query rows, computes a layer again from its stored input, and carries the
-rows' gradient from layer to layer on the chip. It leaves what the parameters' gradients are
-products of (row gradients and row activations), its own sums for biases and norms, and its share of
-the keys' and values' gradients. `direction_gradients` adds those up with plain matrix products.
+One launch brings the rows' gradients into their slots. Then a program for each tile of query rows
+computes a layer again from its stored input and turns the gradients of the layer's rows into those
+of its input. It leaves what the parameters' gradients are products of (row gradients and row
+activations), its own sums for biases and norms, and its share of the keys' and values' gradients.
+`direction_gradients` adds those up with plain matrix products.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from torch import Tensor
 from lemma_fast.kernels.sparse_cross_attention_layer import (
     attend,
     attention_counter,
-    by_head,
     dropout,
     key_rows,
     linear,
     matrix,
-    merge_heads,
     normalise,
-    own_columns,
     unselected,
     vector,
 )
+
+
+def _block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
 
 
 class Sizes(NamedTuple):
@@ -63,23 +65,24 @@ class Sizes(NamedTuple):
         site = SITES if self.zero_row else 0
         return (*self, share, site, int(self.zero_row))
 
-    def blocks(self) -> dict[str, int | str]:
+    def launch(self, itemsize: int) -> dict[str, int | str]:
+        """Blocks, precision and warps for rows of a type of that many bytes."""
+        keys, warps = (16, 8) if itemsize == 4 else (32, 4)
         exact = torch.get_float32_matmul_precision() == "highest"
         return {
             "BLOCK_L": _BLOCK_L,
-            "BLOCK_S": _BLOCK_S,
-            "BLOCK_C": max(16, triton.next_power_of_2(self.channels)),
-            "BLOCK_F": max(16, triton.next_power_of_2(self.feedforward)),
-            "BLOCK_HEADS": triton.next_power_of_2(self.heads),
+            "BLOCK_S": min(keys, _block(self.keys)),
+            "BLOCK_C": _block(self.channels),
+            "BLOCK_D": _block(self.channels // self.heads),
+            "BLOCK_F": _block(self.feedforward),
             "PRECISION": "tf32x3" if exact else "tf32",
+            "num_warps": warps,
         }
 
 
-# The launch table: query rows and keys of a tile, by compiled resources. In bf16 forward spills
-# nothing; backward nothing on sm_90, up to 72 bytes a thread on sm_80 and sm_120. fp32 spills, most
-# with three-fold TF32 (backward a kilobyte). Not run on a GPU, not tuned.
-_BLOCK_L = _BLOCK_S = 16
-WARPS = 8
+# Query rows of a tile; `Sizes.launch` has its keys and warps. Chosen by compiled resources: nothing
+# spills but 8 bytes in fp32's backward of image to text on sm_120. Not run on a GPU, not tuned.
+_BLOCK_L = 16
 # Text to image's dropout sites follow those of image to text, four a layer.
 SITES = 1 << 16
 
@@ -93,30 +96,17 @@ def _norm_gradient(g, unit, scale, C: tl.constexpr):
 
 
 @triton.jit
-def _backward(query, key, value, index, params, seed, grad_out, grad_query, narrow, wide, vectors,
-              grad_keys, key_strides, value_strides, grad_strides, p, LAYERS: tl.constexpr,
-              GIVEN: tl.constexpr, S: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
-              HEADS: tl.constexpr, P: tl.constexpr, SHARE: tl.constexpr, SITE: tl.constexpr,
-              ZERO_ROW: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_L: tl.constexpr,
-              BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
-              BLOCK_HEADS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    DOT: tl.constexpr = query.dtype.element_ty
+def _collect(index, grad_out, grad_rows, grad_strides, GIVEN: tl.constexpr, C: tl.constexpr,
+             P: tl.constexpr, SHARE: tl.constexpr, ZERO_ROW: tl.constexpr, BLOCK_L: tl.constexpr,
+             BLOCK_C: tl.constexpr):  # fmt: skip
+    """Bring the gradients of the rows that left the last layer into their slots."""
     n = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     slot = tl.arange(0, BLOCK_L)
     row = tile * (BLOCK_L - ZERO_ROW) + slot - ZERO_ROW
     given = (slot >= ZERO_ROW) & (row < GIVEN)
-    row = tl.where(slot >= ZERO_ROW, row, GIVEN)
     c = tl.arange(0, BLOCK_C).to(tl.int64)
-    f = tl.arange(0, BLOCK_F)
-    columns, hiddens = (c < C)[None, :], (f < F)[None, :]
-    own = own_columns(C, HEADS, BLOCK_HEADS, BLOCK_C)
-    number = tl.load(seed) if DROPOUT else 0
-    scaling = 1 / tl.sqrt(C / HEADS * 1.0)
-    by_c = row[:, None] * C + c[None, :].to(tl.int32)
-    by_f = row[:, None] * F + f[None, :]
-
-    # The gradient of the rows that left the last layer.
+    columns = (c < C)[None, :]
     inside = given[:, None] & columns
     source = grad_out + n * grad_strides[0] + c[None, :] * grad_strides[1]
     if ZERO_ROW:
@@ -136,119 +126,176 @@ def _backward(query, key, value, index, params, seed, grad_out, grad_query, narr
     else:
         above = source + row[:, None].to(tl.int64) * grad_strides[2]
         g = tl.load(above, mask=inside, other=0.0).to(tl.float32)
+    at = (n * tl.num_programs(1) + tile) * BLOCK_L + slot
+    tl.store(grad_rows + at[:, None] * C + c[None, :], g, mask=columns)
 
+
+# One compilation for all layers. They are not a loop: their addresses would be computed ahead of it
+# and crowd out the rows.
+@triton.jit(do_not_specialize=["layer"])
+def _backward(key, value, params, seed, grad_rows, narrow, wide, vectors, grad_keys, key_strides,
+              value_strides, p, layer, GIVEN: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+              F: tl.constexpr, HEADS: tl.constexpr, SITE: tl.constexpr, ZERO_ROW: tl.constexpr,
+              DROPOUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+              BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    """Turn the gradients of one layer's rows, in their place, into those of its input."""
+    DOT: tl.constexpr = narrow.dtype.element_ty
+    D: tl.constexpr = C // HEADS
+    n = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    slot = tl.arange(0, BLOCK_L)
+    row = tile * (BLOCK_L - ZERO_ROW) + slot - ZERO_ROW
+    row = tl.where(slot >= ZERO_ROW, row, GIVEN)
+    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    f = tl.arange(0, BLOCK_F)
+    columns, hiddens = (c < C)[None, :], (f < F)[None, :]
+    own = tl.arange(0, BLOCK_D)
+    # As many as the door lets through.
+    heads = tl.arange(0, 8)[None, :]
+    number = tl.load(seed) if DROPOUT else 0
+    scaling = 1 / tl.sqrt(D * 1.0)
+    by_c = row[:, None] * C + c[None, :].to(tl.int32)
+    by_f = row[:, None] * F + f[None, :]
     N = tl.num_programs(0)
     slots = tl.num_programs(1).to(tl.int64) * BLOCK_L
     # Tensors of all rows lie one after the other in `narrow` and in `wide`.
     every = N * slots
-    for back in tl.range(0, LAYERS, num_stages=1):
-        layer = LAYERS - 1 - back
-        site = SITE + 4 * layer
-        at = (layer * 6 * every + n * slots + tile * BLOCK_L + slot)[:, None] * C + c[None, :]
-        kept = narrow + at
-        at = (layer * 2 * every + n * slots + tile * BLOCK_L + slot)[:, None] * F + f[None, :]
-        kept_wide = wide + at
-        share = (layer * N + n) * tl.num_programs(1) + tile
-        sums = vectors + share * (7 * C + F) + c
-        in_weight = params + layer * (4 * C * C + 2 * F * C + F + 9 * C)
-        in_bias = in_weight + 3 * C * C
-        out_weight = in_bias + 3 * C
-        norm1 = out_weight + C * C + C
-        weight1 = norm1 + 2 * C
-        weight2 = weight1 + F * C + F
-        norm2 = weight2 + F * C + C
+    site = SITE + 4 * layer
+    layer = layer.to(tl.int64)
+    above = grad_rows + (n * slots + tile * BLOCK_L + slot)[:, None] * C + c[None, :]
+    kept_rows = narrow + (layer * 6 * every + n * slots + tile * BLOCK_L + slot)[:, None] * C
+    kept = kept_rows + c[None, :]
+    at = (layer * 2 * every + n * slots + tile * BLOCK_L + slot)[:, None] * F + f[None, :]
+    kept_wide = wide + at
+    share = (layer * N + n) * tl.num_programs(1) + tile
+    sums_row = vectors + share * (7 * C + F)
+    sums = sums_row + c
+    in_weight = params + layer * (4 * C * C + 2 * F * C + F + 9 * C)
+    in_bias = in_weight + 3 * C * C
+    out_weight = in_bias + 3 * C
+    norm1 = out_weight + C * C + C
+    weight1 = norm1 + 2 * C
+    weight2 = weight1 + F * C + F
+    norm2 = weight2 + F * C + C
 
-        # Forward again.
-        x = tl.load(kept, mask=columns, other=0.0).to(tl.float32)
-        q = linear(x, in_weight, in_bias, C, C, BLOCK_C, BLOCK_C, DOT, PRECISION)
-        q_rows = by_head(q * scaling, own, BLOCK_HEADS).to(DOT)
-        context_rows, logsum = attend(q_rows, n, row, key, value, key_strides, value_strides,
-                                      in_weight, in_bias, number, site, p, S, C, HEADS, DROPOUT,
-                                      BLOCK_HEADS, BLOCK_S, DOT, PRECISION)  # fmt: skip
-        context = merge_heads(context_rows, own, BLOCK_HEADS)
-        tl.store(kept + 2 * every * C, context, mask=columns)
-        y = linear(context, out_weight, out_weight + C * C, C, C, BLOCK_C, BLOCK_C, DOT, PRECISION)
-        if DROPOUT:
-            y *= dropout(number, site + 1, n, by_c, p)
-        unit1, scale1 = normalise(x + y, C)
-        gain1 = vector(norm1, C, BLOCK_C)
-        middle = unit1 * gain1 + vector(norm1 + C, C, BLOCK_C)
-        tl.store(kept + 4 * every * C, middle, mask=columns)
-        hidden = linear(middle, weight1, weight1 + F * C, C, F, BLOCK_C, BLOCK_F, DOT, PRECISION)
-        passed = tl.where(hidden > 0, 1.0, 0.0)
-        hidden = tl.where(hidden <= 0, 0.0, hidden)
-        if DROPOUT:
-            hidden_mask = dropout(number, site + 2, n, by_f, p)
-            hidden *= hidden_mask
-            passed *= hidden_mask
-        tl.store(kept_wide + every * F, hidden, mask=hiddens)
-        y = linear(hidden, weight2, weight2 + F * C, F, C, BLOCK_F, BLOCK_C, DOT, PRECISION)
-        if DROPOUT:
-            y *= dropout(number, site + 3, n, by_c, p)
-        unit2, scale2 = normalise(middle + y, C)
+    # Forward again. What a head leaves goes through memory: kept on the chip, it would crowd
+    # out the products of the next.
+    logsums = tl.zeros([BLOCK_L, 8], tl.float32)
+    for head in tl.range(0, HEADS, num_stages=1):
+        w, b = in_weight + head * D * C, in_bias + head * D
+        rows = tl.load(kept, mask=columns, other=0.0)
+        q = (linear(rows, w, b, C, D, BLOCK_C, BLOCK_D, DOT, PRECISION) * scaling).to(DOT)
+        context, logsum = attend(q, n, row, head, key, value, key_strides, value_strides, w, b,
+                                 number, site, p, S, C, HEADS, DROPOUT, BLOCK_S, BLOCK_C,
+                                 PRECISION)  # fmt: skip
+        logsums = tl.where(heads == head, logsum[:, None], logsums)
+        tl.store(kept_rows + 2 * every * C + head * D + own[None, :], context,
+                 mask=(own < D)[None, :])  # fmt: skip
+    tl.debug_barrier()
+    x = tl.load(kept, mask=columns, other=0.0).to(tl.float32)
+    contexts = tl.load(kept + 2 * every * C, mask=columns, other=0.0)
+    y = linear(contexts, out_weight, out_weight + C * C, C, C, BLOCK_C, BLOCK_C, DOT, PRECISION)
+    if DROPOUT:
+        y *= dropout(number, site + 1, n, by_c, p)
+    unit1, scale1 = normalise(x + y, C)
+    middle = unit1 * vector(norm1, C, BLOCK_C) + vector(norm1 + C, C, BLOCK_C)
+    tl.store(kept + 4 * every * C, middle, mask=columns)
+    hidden = linear(middle, weight1, weight1 + F * C, C, F, BLOCK_C, BLOCK_F, DOT, PRECISION)
+    passed = tl.where(hidden > 0, 1.0, 0.0)
+    hidden = tl.where(hidden <= 0, 0.0, hidden)
+    if DROPOUT:
+        hidden_mask = dropout(number, site + 2, n, by_f, p)
+        hidden *= hidden_mask
+        passed *= hidden_mask
+    tl.store(kept_wide + every * F, hidden, mask=hiddens)
+    y = linear(hidden, weight2, weight2 + F * C, F, C, BLOCK_F, BLOCK_C, DOT, PRECISION)
+    if DROPOUT:
+        y *= dropout(number, site + 3, n, by_c, p)
+    unit2, scale2 = normalise(middle + y, C)
 
-        # Back through the MLP.
-        tl.store(sums + 5 * C + F, tl.sum(g * unit2, 0), mask=c < C)
-        tl.store(sums + 6 * C + F, tl.sum(g, 0), mask=c < C)
-        g = _norm_gradient(g * vector(norm2, C, BLOCK_C), unit2, scale2, C)
-        d = g
-        if DROPOUT:
-            d *= dropout(number, site + 3, n, by_c, p)
-        tl.store(kept + 5 * every * C, d, mask=columns)
-        tl.store(sums + 4 * C + F, tl.sum(d, 0), mask=c < C)
-        m = matrix(weight2, C, F, BLOCK_C, BLOCK_F, DOT)
-        d_hidden = tl.dot(d.to(DOT), m, input_precision=PRECISION) * passed
-        tl.store(kept_wide, d_hidden, mask=hiddens)
-        tl.store(vectors + share * (7 * C + F) + 4 * C + f, tl.sum(d_hidden, 0), mask=f < F)
-        m = matrix(weight1, F, C, BLOCK_F, BLOCK_C, DOT)
-        g = tl.dot(d_hidden.to(DOT), m, g, input_precision=PRECISION)
+    # Back through the MLP.
+    g = tl.load(above, mask=columns, other=0.0)
+    tl.store(sums + 5 * C + F, tl.sum(g * unit2, 0), mask=c < C)
+    tl.store(sums + 6 * C + F, tl.sum(g, 0), mask=c < C)
+    g = _norm_gradient(g * vector(norm2, C, BLOCK_C), unit2, scale2, C)
+    d = g
+    if DROPOUT:
+        d *= dropout(number, site + 3, n, by_c, p)
+    tl.store(kept + 5 * every * C, d, mask=columns)
+    tl.store(sums + 4 * C + F, tl.sum(d, 0), mask=c < C)
+    m = matrix(weight2, F, C, F, BLOCK_C, BLOCK_F, DOT)
+    d_hidden = tl.dot(d.to(DOT), m, input_precision=PRECISION) * passed
+    tl.store(kept_wide, d_hidden, mask=hiddens)
+    tl.store(sums_row + 4 * C + f, tl.sum(d_hidden, 0), mask=f < F)
+    m = matrix(weight1, C, F, C, BLOCK_F, BLOCK_C, DOT)
+    g = tl.dot(d_hidden.to(DOT), m, g, input_precision=PRECISION)
 
-        # Back through the attention.
-        tl.store(sums + 2 * C, tl.sum(g * unit1, 0), mask=c < C)
-        tl.store(sums + 3 * C, tl.sum(g, 0), mask=c < C)
-        g = _norm_gradient(g * gain1, unit1, scale1, C)
-        d = g
-        if DROPOUT:
-            d *= dropout(number, site + 1, n, by_c, p)
-        tl.store(kept + 3 * every * C, d, mask=columns)
-        tl.store(sums + C, tl.sum(d, 0), mask=c < C)
-        m = matrix(out_weight, C, C, BLOCK_C, BLOCK_C, DOT)
-        d = tl.dot(d.to(DOT), m, input_precision=PRECISION)
-        d_rows = by_head(d, own, BLOCK_HEADS)
-        inner = tl.sum(by_head(d * context, own, BLOCK_HEADS), 1)
-        d_rows = d_rows.to(DOT)
-        d_q = tl.zeros([BLOCK_HEADS * BLOCK_L, BLOCK_C], tl.float32)
-        share = ((layer * 2 * N + n) * tl.num_programs(1) + tile) * S
+    # Back through the attention.
+    tl.store(sums + 2 * C, tl.sum(g * unit1, 0), mask=c < C)
+    tl.store(sums + 3 * C, tl.sum(g, 0), mask=c < C)
+    g = _norm_gradient(g * vector(norm1, C, BLOCK_C), unit1, scale1, C)
+    d = g
+    if DROPOUT:
+        d *= dropout(number, site + 1, n, by_c, p)
+    tl.store(kept + 3 * every * C, d, mask=columns)
+    tl.store(sums + C, tl.sum(d, 0), mask=c < C)
+    m = matrix(out_weight, C, C, C, BLOCK_C, BLOCK_C, DOT)
+    d = tl.dot(d.to(DOT), m, input_precision=PRECISION)
+    tl.store(above, g, mask=columns)
+    # The contexts' gradients wait where the queries' will lie.
+    tl.store(kept + every * C, d, mask=columns)
+    tl.debug_barrier()
+    share *= 2 * S
+    for head in tl.range(0, HEADS, num_stages=1):
+        w, b = in_weight + head * D * C, in_bias + head * D
+        mine = head * D + own[None, :]
+        keep = (own < D)[None, :]
+        rows = tl.load(kept, mask=columns, other=0.0)
+        q = (linear(rows, w, b, C, D, BLOCK_C, BLOCK_D, DOT, PRECISION) * scaling).to(DOT)
+        d_context = tl.load(kept_rows + every * C + mine, mask=keep, other=0.0)
+        context = tl.load(kept_rows + 2 * every * C + mine, mask=keep, other=0.0)
+        inner = tl.sum(d_context.to(tl.float32) * context.to(tl.float32), 1)
+        logsum = tl.sum(tl.where(heads == head, logsums, 0.0), 1)
+        d_q = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
         for start in tl.range(0, S, BLOCK_S, num_stages=1):
             s = start + tl.arange(0, BLOCK_S)
-            k = key_rows(key, n, s, key_strides, in_weight + C * C, in_bias + C, S, C, BLOCK_C,
-                         DOT, PRECISION)  # fmt: skip
-            v = key_rows(value, n, s, value_strides, in_weight + 2 * C * C, in_bias + 2 * C, S, C,
-                         BLOCK_C, DOT, PRECISION)  # fmt: skip
-            scores = tl.dot(q_rows, tl.trans(k), input_precision=PRECISION)
+            # Zero to us, see `attend`.
+            keys = w + C * C + start // S
+            k = key_rows(key, n, s, key_strides, keys, b + C, S, C, D, BLOCK_C, BLOCK_D, DOT,
+                         PRECISION)  # fmt: skip
+            # Plus zero too: else they would lie ready for products all along.
+            q_again = (q + start // S).to(DOT)
+            d_again = (d_context + start // S).to(DOT)
+            scores = tl.dot(q_again, tl.trans(k), input_precision=PRECISION)
             weights = tl.where((s < S)[None, :], tl.exp(scores - logsum[:, None]), 0.0)
-            d_weights = tl.dot(d_rows, tl.trans(v), input_precision=PRECISION)
+            v = key_rows(value, n, s, value_strides, keys + C * C, b + 2 * C, S, C, D, BLOCK_C,
+                         BLOCK_D, DOT, PRECISION)  # fmt: skip
+            d_weights = tl.dot(d_again, tl.trans(v), input_precision=PRECISION)
             dropped = weights
             if DROPOUT:
-                counter = attention_counter(row, s, S, HEADS, BLOCK_HEADS)
-                mask = dropout(number, site, n, counter, p)
+                counter = attention_counter(row, head, s, S, HEADS)
+                # Read anew: the generator's keys would lie ready all along.
+                again = tl.load(seed + start // S)
+                mask = dropout(again, site, n, counter, p)
                 dropped *= mask
                 d_weights *= mask
             d_scores = (weights * (d_weights - inner[:, None])).to(DOT)
             d_q = tl.dot(d_scores, k, d_q, input_precision=PRECISION)
-            d_k = tl.dot(tl.trans(d_scores), q_rows, input_precision=PRECISION)
-            d_v = tl.dot(tl.trans(dropped.to(DOT)), d_rows, input_precision=PRECISION)
-            target = grad_keys + (share + s)[:, None] * C + c[None, :]
-            keep = (s < S)[:, None] & columns
-            tl.store(target, d_k, mask=keep)
-            tl.store(target + N.to(tl.int64) * tl.num_programs(1) * S * C, d_v, mask=keep)
-        d_q = merge_heads(d_q, own, BLOCK_HEADS) * scaling
-        tl.store(kept + every * C, d_q, mask=columns)
-        tl.store(sums, tl.sum(d_q, 0), mask=c < C)
-        m = matrix(in_weight, C, C, BLOCK_C, BLOCK_C, DOT)
-        g = tl.dot(d_q.to(DOT), m, g, input_precision=PRECISION)
-    at = (n * GIVEN + row)[:, None] * C + c[None, :]
-    tl.store(grad_query + at, g, mask=inside)
+            d_k = tl.dot(tl.trans(d_scores), q_again, input_precision=PRECISION)
+            d_v = tl.dot(tl.trans(dropped.to(DOT)), d_again, input_precision=PRECISION)
+            target = grad_keys + (share + s)[:, None] * C + mine
+            tl.store(target, d_k, mask=(s < S)[:, None] & keep)
+            tl.store(target + S * C, d_v, mask=(s < S)[:, None] & keep)
+        tl.debug_barrier()
+        tl.store(kept_rows + every * C + mine, d_q * scaling, mask=keep)
+    tl.debug_barrier()
+    m = matrix(in_weight, C, C, C, BLOCK_C, BLOCK_C, DOT)
+    d_queries = tl.load(kept + every * C, mask=columns, other=0.0)
+    tl.store(sums, tl.sum(d_queries.to(tl.float32), 0), mask=c < C)
+    g = tl.load(above, mask=columns, other=0.0)
+    g = tl.dot(d_queries, m, g, input_precision=PRECISION)
+    tl.store(above, g, mask=columns)
 
 
 def direction_gradients(
@@ -263,19 +310,28 @@ def direction_gradients(
     N, tiles = query.shape[0], sizes.tiles
     layers, given, S, C, F = sizes[:5]
     slots = N * sizes.slots
-    grad_query = query.new_empty(N, given, C)
+    grad_rows = query.new_empty(N, tiles, _BLOCK_L, C, dtype=torch.float32)
     wide = query.new_empty(layers, 2, slots, F)
     vectors = query.new_empty(layers, N * tiles, 7 * C + F, dtype=torch.float32)
     share_type = torch.float32 if tiles > 1 else query.dtype
-    grad_keys = query.new_empty(layers, 2, N, tiles, S, C, dtype=share_type)
+    grad_keys = query.new_empty(layers, N, tiles, 2, S, C, dtype=share_type)
+    launch = sizes.launch(query.itemsize)
+    _, _, _, _, _, heads, positions, share, site, zero_row = sizes.constants()
     with torch.cuda.device_of(query):
-        _backward[N, tiles](
-            query, key, value, index, params, seed, grad_out, grad_query, narrow, wide, vectors,
-            grad_keys, key.stride(), value.stride(), grad_out.stride(), p, *sizes.constants(),
-            DROPOUT=p > 0, num_warps=WARPS, **sizes.blocks(),
+        _collect[N, tiles](
+            index, grad_out, grad_rows, grad_out.stride(), given, C, positions, share, zero_row,
+            _BLOCK_L, launch["BLOCK_C"], num_warps=launch["num_warps"],
         )  # fmt: skip
-    shares = grad_keys.sum(3) if tiles > 1 else grad_keys
-    d_k, d_v = shares.to(query.dtype).view(layers, 2, N * S, C).unbind(1)
+        for layer in reversed(range(layers)):
+            _backward[N, tiles](
+                key, value, params, seed, grad_rows, narrow, wide, vectors, grad_keys,
+                key.stride(), value.stride(), p, layer, given, S, C, F, heads, site, zero_row,
+                DROPOUT=p > 0, **launch,
+            )  # fmt: skip
+    grad_query = grad_rows[:, :, zero_row:].reshape(N, -1, C)[:, :given].to(query.dtype)
+    shares = grad_keys.sum(2) if tiles > 1 else grad_keys[:, :, 0]
+    both = shares.to(query.dtype).transpose(1, 2).reshape(layers, 2, N * S, C)
+    d_k, d_v = both.unbind(1)
     key_rows_, value_rows = key.reshape(N * S, C), value.reshape(N * S, C)
     in_weight = params[:, : 3 * C * C].view(layers, 3, C, C).to(query.dtype)
     grad_key = torch.einsum("lrd,ldc->rc", d_k, in_weight[:, 1]).view(N, S, C)
@@ -284,7 +340,7 @@ def direction_gradients(
     d_linear1, hidden = wide.unbind(1)
     sums = vectors.sum(1)
     b_q, b_out, norm1, b_1, b_2, norm2 = sums.split((C, C, 2 * C, F, C, 2 * C), 1)
-    keys_bias = shares.view(layers, 2, N * S, C).sum(2, dtype=torch.float32).flatten(1)
+    keys_bias = shares.sum((1, 3), dtype=torch.float32).flatten(1)
     # In the order of CrossAttentionWeights.
     parts = (
         d_q.mT @ x, d_k.mT @ key_rows_, d_v.mT @ value_rows, b_q, keys_bias, d_out.mT @ context,

@@ -2,9 +2,9 @@
 
     x = LN(q + MHA(q, k, v)); x = LN(x + W2 relu(W1 x))
 
-A layer's parameters lie end to end in the order of `CrossAttentionWeights`. Heads are not cut out
-of a row: a query row stands BLOCK_HEADS times in a block, each time with one head's columns and
-zeros elsewhere, so that every product keeps the full width and any head size will do.
+A layer's parameters lie end to end in the order of `CrossAttentionWeights`. Heads take turns: each
+projects its own D columns of queries, keys and values, attends, and adds its part of the output
+projection. So a program holds one head's columns at a time, and no product is wider than needed.
 
 A program has BLOCK_L slots for query rows. With ZERO_ROW the first is the row of zeros that stands
 for all unselected positions; every program carries it and answers for a share of those positions.
@@ -17,13 +17,13 @@ import triton.language as tl
 
 
 @triton.jit
-def matrix(pointer, ROWS, COLUMNS, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+def matrix(pointer, STRIDE, ROWS, COLUMNS, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
            DOT: tl.constexpr):  # fmt: skip
-    """Load [ROWS, COLUMNS], zeros outside."""
+    """Load [ROWS, COLUMNS] of a matrix with STRIDE columns, zeros outside."""
     i = tl.arange(0, BLOCK_ROWS)[:, None]
     j = tl.arange(0, BLOCK_COLUMNS)[None, :]
     inside = (i < ROWS) & (j < COLUMNS)
-    return tl.load(pointer + i * COLUMNS + j, mask=inside, other=0.0).to(DOT)
+    return tl.load(pointer + i * STRIDE + j, mask=inside, other=0.0).to(DOT)
 
 
 @triton.jit
@@ -37,11 +37,8 @@ def vector(pointer, SIZE, BLOCK: tl.constexpr):
 def linear(x, weight, bias, INPUTS, OUTPUTS, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
            DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Compute x W^T + b in fp32."""
-    i = tl.arange(0, BLOCK_IN)[:, None]
-    j = tl.arange(0, BLOCK_OUT)[None, :]
-    inside = (i < INPUTS) & (j < OUTPUTS)
-    transposed = tl.load(weight + j * INPUTS + i, mask=inside, other=0.0).to(DOT)
-    product = tl.dot(x.to(DOT), transposed, input_precision=PRECISION)
+    rows = matrix(weight, INPUTS, OUTPUTS, INPUTS, BLOCK_OUT, BLOCK_IN, DOT)
+    product = tl.dot(x.to(DOT), tl.trans(rows), input_precision=PRECISION)
     return product + vector(bias, OUTPUTS, BLOCK_OUT)
 
 
@@ -55,29 +52,6 @@ def normalise(x, C: tl.constexpr):
 
 
 @triton.jit
-def own_columns(C: tl.constexpr, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-                BLOCK_C: tl.constexpr):  # fmt: skip
-    """Return which columns a head has, [BLOCK_HEADS, 1, BLOCK_C]."""
-    head = tl.arange(0, BLOCK_HEADS)[:, None, None]
-    c = tl.arange(0, BLOCK_C)[None, None, :]
-    return (head == c // (C // HEADS)) & (c < C)
-
-
-@triton.jit
-def by_head(x, own, BLOCK_HEADS: tl.constexpr):
-    """Repeat the rows for each head with only its columns: [L, C] to [BLOCK_HEADS * L, C]."""
-    spread = tl.where(own, x[None, :, :], 0.0)
-    return tl.reshape(spread, [BLOCK_HEADS * x.shape[0], x.shape[1]])
-
-
-@triton.jit
-def merge_heads(rows, own, BLOCK_HEADS: tl.constexpr):
-    """Take each head's columns from its rows: [BLOCK_HEADS * L, C] to [L, C]."""
-    apart = tl.reshape(rows, [BLOCK_HEADS, rows.shape[0] // BLOCK_HEADS, rows.shape[1]])
-    return tl.sum(tl.where(own, apart, 0.0), 0)
-
-
-@triton.jit
 def dropout(seed, site, n, counter, p):
     """Return 0 with probability `p`, else 1 / (1 - p), for each `counter`; see ops/philox.py."""
     zero = counter * 0
@@ -86,51 +60,54 @@ def dropout(seed, site, n, counter, p):
 
 
 @triton.jit
-def attention_counter(row, s, S, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr):
-    """Number the attention weights of rows by head [BLOCK_HEADS * L] and keys `s`."""
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
-    numbers = tl.reshape(row[None, :] * HEADS + head, [BLOCK_HEADS * row.shape[0]])
-    return numbers[:, None] * S + s[None, :]
+def attention_counter(row, head, s, S: tl.constexpr, HEADS: tl.constexpr):
+    """Number the weights that `row` gives the keys `s` in one head."""
+    return (row * HEADS + head)[:, None] * S + s[None, :]
 
 
 @triton.jit
-def key_rows(source, n, s, strides, weight, bias, S, C: tl.constexpr, BLOCK_C: tl.constexpr,
-             DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Project the rows `s` of `source` to keys or values, in the type of the products."""
+def key_rows(source, n, s, strides, weight, bias, S, C: tl.constexpr, D: tl.constexpr,
+             BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """Project the rows `s` of `source` to a head's keys or values [S, D], in the products' type."""
     c = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
     at = source + n * strides[0] + s[:, None].to(tl.int64) * strides[1] + c * strides[2]
     rows = tl.load(at, mask=(s < S)[:, None] & (c < C), other=0.0)
-    return linear(rows, weight, bias, C, C, BLOCK_C, BLOCK_C, DOT, PRECISION).to(DOT)
+    return linear(rows, weight, bias, C, D, BLOCK_C, BLOCK_D, DOT, PRECISION).to(DOT)
 
 
 @triton.jit
-def attend(q_rows, n, row, key, value, key_strides, value_strides, weight, bias, seed, site, p,
+def attend(q, n, row, head, key, value, key_strides, value_strides, weight, bias, seed, site, p,
            S: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, DROPOUT: tl.constexpr,
-           BLOCK_HEADS: tl.constexpr, BLOCK_S: tl.constexpr, DOT: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
-    """Attend with online softmax; return the context by head and the logarithms of the sums."""
-    BLOCK_C: tl.constexpr = q_rows.shape[1]
-    largest = tl.full([q_rows.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([q_rows.shape[0]], tl.float32)
-    context = tl.zeros([q_rows.shape[0], BLOCK_C], tl.float32)
+           BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Attend in one head with online softmax; return its context and the logarithms of the sums.
+
+    `weight` and `bias` are the head's own rows of the queries' projection.
+    """
+    D: tl.constexpr = C // HEADS
+    DOT: tl.constexpr = q.dtype
+    largest = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    context = tl.zeros(q.shape, tl.float32)
     for start in tl.range(0, S, BLOCK_S, num_stages=1):
         s = start + tl.arange(0, BLOCK_S)
         # Zero, but the compiler does not know: it would take these matrices out of the loop and
         # spill them, where the cache serves as well.
         keys = weight + C * C + start // S
         values = keys + C * C
-        k = key_rows(key, n, s, key_strides, keys, bias + C, S, C, BLOCK_C, DOT, PRECISION)
-        v = key_rows(value, n, s, value_strides, values, bias + 2 * C, S, C, BLOCK_C, DOT,
+        k = key_rows(key, n, s, key_strides, keys, bias + C, S, C, D, BLOCK_C, q.shape[1], DOT,
                      PRECISION)  # fmt: skip
-        scores = tl.dot(q_rows, tl.trans(k), input_precision=PRECISION)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = tl.where((s < S)[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp(scores - larger[:, None])
         shrink = tl.exp(largest - larger)
         total = total * shrink + tl.sum(weights, 1)
         if DROPOUT:
-            counter = attention_counter(row, s, S, HEADS, BLOCK_HEADS)
+            counter = attention_counter(row, head, s, S, HEADS)
             weights *= dropout(seed, site, n, counter, p)
+        v = key_rows(value, n, s, value_strides, values, bias + 2 * C, S, C, D, BLOCK_C, q.shape[1],
+                     DOT, PRECISION)  # fmt: skip
         context = tl.dot(weights.to(DOT), v, context * shrink[:, None], input_precision=PRECISION)
         largest = larger
     return context / total[:, None], largest + tl.log(total)
