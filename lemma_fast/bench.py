@@ -11,7 +11,7 @@ import copy
 import gc
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lemma_fast.acceleration import accelerate
+from lemma_fast.acceleration import accelerate, tensor_cores
 from lemma_fast.model import LEMMA
 from lemma_fast.timing import (
     Clock,
@@ -83,16 +83,9 @@ def default_plan(device: torch.device, quick: bool = False) -> Plan:
     return Plan((1, 8, 64, 256) if cuda else (1, 16), precisions, compile_mode=mode)
 
 
-@contextmanager
-def precision(name: str) -> Iterator[None]:
+def precision(name: str) -> AbstractContextManager[None]:
     """Set PyTorch's TF32 switches to what `name` asks for."""
-    allowed = name != "float32"
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    return tensor_cores(name != "float32")
 
 
 def crops(model: LEMMA, batch: int, device: torch.device, seed: int = 0) -> Tensor:

@@ -213,6 +213,14 @@ class Language(nn.Module):
         return x
 
 
+def valid_lengths(logits: Tensor, shortest: int) -> Tensor:
+    """Characters up to and with the first end token (all T where there is none), [N] int64."""
+    is_end = logits.argmax(dim=2) == 0
+    T = is_end.shape[1]
+    first = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), T - 1)
+    return (first + 1).clamp(shortest, T)
+
+
 class TextPrior(nn.Module):
     """RGB crop to the prior; the image is resized and normalised inside."""
 
@@ -239,8 +247,5 @@ class TextPrior(nn.Module):
         return Prior(attn_map, img_logits, text_logits, lengths), h_attn
 
     def valid_lengths(self, logits: Tensor) -> Tensor:
-        """Characters up to and with the first end token (all T where there is none), [N] int64."""
-        is_end = logits.argmax(dim=2) == 0
-        T = is_end.shape[1]
-        first = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), T - 1)
-        return (first + 1).clamp(self.config.min_length, T)
+        """`valid_lengths` of logits [N, T, classes] with the config's shortest length."""
+        return valid_lengths(logits, self.config.min_length)

@@ -67,8 +67,9 @@ class CompiledAdaFM(nn.Module):
 
     def __init__(self, fusion: AdaFM, plan: Plan) -> None:
         super().__init__()
-        exact = torch.float64 if plan.dtype == torch.float64 else torch.float32
-        weights = [w.detach().to(plan.device, exact).contiguous() for w in flat(fusion.weights())]
+        weights = [
+            w.detach().to(plan.device, plan.wide).contiguous() for w in flat(fusion.weights())
+        ]
         self.folded = torch.ops.lemma_fast.adafm_fold(weights, plan.dtype)
 
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:

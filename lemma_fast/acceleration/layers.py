@@ -44,6 +44,11 @@ class Plan:
     compiled: bool
     """The C++ or CUDA code of the adaptive fusion."""
 
+    @property
+    def wide(self) -> torch.dtype:
+        """What scores, sums and outputs are in, whatever the products are: fp32 (fp64 for fp64)."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
     def keep(self, x: Tensor) -> Tensor:
         """A constant as the network's products take it."""
         return x.to(self.device, self.dtype, copy=True).contiguous()
@@ -54,8 +59,7 @@ class Plan:
 
     def keep_exact(self, x: Tensor) -> Tensor:
         """A constant of the score maps, which stay in fp32 (fp64 for fp64)."""
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return x.to(self.device, wide, copy=True).contiguous()
+        return x.to(self.device, self.wide, copy=True).contiguous()
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

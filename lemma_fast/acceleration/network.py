@@ -32,7 +32,7 @@ class Network(nn.Module):
         super().__init__()
         config = model.config
         self.plan, self.with_attention = plan, with_attention
-        self.wide = torch.float64 if plan.dtype == torch.float64 else torch.float32
+        self.wide = plan.wide
         prior: nn.Module = model.prior
         self.prior = (
             FoldedPrior(prior, plan) if isinstance(prior, TextPrior) else OriginalPrior(prior, plan)

@@ -26,6 +26,7 @@ from lemma_fast.recognizer import (
     ResidualBlock,
     ResNet,
     TextPrior,
+    valid_lengths,
 )
 from lemma_fast.transformer import TransformerLayer
 
@@ -153,9 +154,8 @@ class OriginalPrior(nn.Module):
 
     def __init__(self, prior: nn.Module, plan: Plan) -> None:
         super().__init__()
-        wide = torch.float64 if plan.dtype == torch.float64 else torch.float32
-        self.module = copy.deepcopy(prior).to(plan.device, wide).eval().requires_grad_(False)
-        self.wide, self.dtype = wide, plan.dtype
+        self.module = copy.deepcopy(prior).to(plan.device, plan.wide).eval().requires_grad_(False)
+        self.wide, self.dtype = plan.wide, plan.dtype
 
     def forward(self, image: Tensor) -> Reading:
         prior, h_attn = self.module(image.to(self.wide))
@@ -196,12 +196,5 @@ class FoldedPrior(nn.Module):
         vectors, h_attn = self.attention(tokens, self.grid)
         img_logits = self.classifier(vectors)
         probabilities = img_logits.softmax(dim=2)
-        text_logits = self.language(probabilities, self.valid_lengths(img_logits))
-        return Reading(h_attn, img_logits, text_logits, self.valid_lengths(text_logits))
-
-    def valid_lengths(self, logits: Tensor) -> Tensor:
-        """Characters up to and with the first end token, [N] int64, as `TextPrior` counts them."""
-        is_end = logits.argmax(dim=2) == 0
-        T = is_end.shape[1]
-        first = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), T - 1)
-        return (first + 1).clamp(self.min_length, T)
+        text_logits = self.language(probabilities, valid_lengths(img_logits, self.min_length))
+        return Reading(h_attn, img_logits, text_logits, valid_lengths(text_logits, self.min_length))

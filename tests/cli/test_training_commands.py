@@ -19,14 +19,8 @@ from lemma_fast.recognizers import (
 from lemma_fast.training.data import TextZoomDataset
 from lemma_fast.training.settings import choose
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Networks this small only lose by more.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Networks this small only lose by more.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

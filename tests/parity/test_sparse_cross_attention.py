@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from memory import kept_bytes
 from torch import Tensor
 
 from lemma_fast.ops import fused, philox, reference
@@ -285,28 +286,13 @@ def test_backward_twice_is_equal():
         assert torch.equal(one, two)
 
 
-def kept_bytes(ops, case: Case) -> int:
-    """Bytes that a table keeps for backward, parameters and inputs apart."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ops.sparse_cross_attention(*case)
-    for known in (case.text, case.selected, case.index, *case.parameters):
-        kept.pop(known.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
-
-
 def test_what_is_kept_for_backward():
     """Packed parameters and the key of the second direction, whatever the map's size."""
     given = case(T=20, K=10, size=(4, 4), layers=(1, 1))
     packed = 4 * sum(weight.numel() for weight in given.parameters)
-    assert kept_bytes(fused, given) == packed + 4 * given.text.numel()
-    assert kept_bytes(reference, given) > 10 * kept_bytes(fused, given) - 10 * packed
+    kept = kept_bytes(fused.sparse_cross_attention, given)
+    assert kept == packed + 4 * given.text.numel()
+    assert kept_bytes(reference.sparse_cross_attention, given) > 10 * kept - 10 * packed
 
 
 def test_autocast_gives_the_reference_s_type():

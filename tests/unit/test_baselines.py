@@ -37,13 +37,8 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Networks this small only lose by more.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Networks this small only lose by more.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _parameters(name, weights_only=False, **changes):

@@ -20,14 +20,8 @@ from lemma_fast.training.metrics import TEXTZOOM_COUNTS, official_psnr, psnr
 from lemma_fast.training.settings import choose
 from lemma_fast.training.summary import AVERAGE, subset_name, summarize
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Networks this small only lose by more.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Networks this small only lose by more.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Counter:

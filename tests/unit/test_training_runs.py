@@ -21,14 +21,8 @@ from lemma_fast.training.restoration import LemmaStage
 from lemma_fast.training.settings import choose
 from lemma_fast.training.typed import SettingsError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Sums come out the same in every process only if they are split the same way.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Sums come out the same in every process only if they are split the same way.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_checkpoint_replaces_the_one_before_only_when_it_is_whole(tmp_path, monkeypatch):

@@ -16,14 +16,8 @@ from lemma_fast.training.settings import OptimizerSettings
 from lemma_fast.training.stages import PriorStage
 from lemma_fast.training.typed import SettingsError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Networks this small only lose by more.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Networks this small only lose by more.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_fused_operations_that_are_missing_are_one_sentence(monkeypatch):
