@@ -64,10 +64,11 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
     source = query + n * query_strides[0] + row[:, None].to(tl.int64) * query_strides[1]
     x = tl.load(source + c[None, :] * query_strides[2], mask=inside, other=0.0).to(tl.float32)
     slots = tl.num_programs(1).to(tl.int64) * BLOCK_L
+    own = slot[:, None] * C + c[None, :].to(tl.int32)
     for layer in tl.range(0, LAYERS, num_stages=1):
         if STATES:
-            at = (layer * STATES * tl.num_programs(0) + n) * slots + tile * BLOCK_L + slot
-            tl.store(out + at[:, None] * C + c[None, :], x, mask=(c < C)[None, :])
+            at = (layer * STATES * tl.num_programs(0) + n) * slots + tile * BLOCK_L
+            tl.store(out + at * C + own, x, mask=(c < C)[None, :])
         site = SITE + 4 * layer
         weight = params + layer * (4 * C * C + 2 * F * C + F + 9 * C)
         bias = weight + 3 * C * C
@@ -103,8 +104,8 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
         y, _ = normalise(x + y, C)
         x = y * vector(weight, C, BLOCK_C) + vector(weight + C, C, BLOCK_C)
     if STATES:
-        at = (LAYERS * STATES * tl.num_programs(0) + n) * slots + tile * BLOCK_L + slot
-        tl.store(out + at[:, None] * C + c[None, :], x, mask=(c < C)[None, :])
+        at = (LAYERS * STATES * tl.num_programs(0) + n) * slots + tile * BLOCK_L
+        tl.store(out + at * C + own, x, mask=(c < C)[None, :])
     elif ZERO_ROW:
         index += n * GIVEN
         out += n * C * P

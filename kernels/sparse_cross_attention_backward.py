@@ -81,7 +81,7 @@ class Sizes(NamedTuple):
 
 
 # Query rows of a tile; `Sizes.launch` has its keys and warps. Chosen by compiled resources: nothing
-# spills but 8 bytes in fp32's backward of image to text on sm_120. Not run on a GPU, not tuned.
+# spills on sm_80, sm_90 and sm_120. Not run on a GPU, not tuned.
 _BLOCK_L = 16
 # Text to image's dropout sites follow those of image to text, four a layer.
 SITES = 1 << 16
@@ -287,12 +287,16 @@ def _backward(key, value, params, seed, grad_rows, narrow, wide, vectors, grad_k
             target = grad_keys + (share + s)[:, None] * C + mine
             tl.store(target, d_k, mask=(s < S)[:, None] & keep)
             tl.store(target + S * C, d_v, mask=(s < S)[:, None] & keep)
+        d_q *= scaling
+        tl.store(sums_row + head * D + own, tl.sum(d_q, 0), mask=own < D)
         tl.debug_barrier()
-        tl.store(kept_rows + every * C + mine, d_q * scaling, mask=keep)
+        tl.store(kept_rows + every * C + mine, d_q, mask=keep)
     tl.debug_barrier()
     m = matrix(in_weight, C, C, C, BLOCK_C, BLOCK_C, DOT)
-    d_queries = tl.load(kept + every * C, mask=columns, other=0.0)
-    tl.store(sums, tl.sum(d_queries.to(tl.float32), 0), mask=c < C)
+    # Plus zero: else the addresses would be kept from above.
+    at = (n * slots + tile * BLOCK_L + slot + tl.program_id(2))[:, None] * C + c[None, :]
+    above = grad_rows + at
+    d_queries = tl.load(narrow + (layer * 6 + 1) * every * C + at, mask=columns, other=0.0)
     g = tl.load(above, mask=columns, other=0.0)
     g = tl.dot(d_queries, m, g, input_precision=PRECISION)
     tl.store(above, g, mask=columns)

@@ -253,7 +253,7 @@ def judge(trainer: L.Trainer, module: StageModule, judged: EncodedCrops) -> dict
                 totals[name] = totals.get(name, torch.zeros_like(total)) + total
             count += len(batch.labels)
     finally:
-        module.network.train()
+        module.train()
     names = sorted(totals)
     sums = torch.stack([*(totals[name] for name in names), torch.tensor(float(count)).double()])
     reduced = trainer.strategy.reduce(sums.to(module.device), reduce_op="sum")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemma_fast.acceleration import training_operations
 from lemma_fast.baselines import Baseline, build_baseline, super_resolve
 from lemma_fast.model import LEMMA
-from lemma_fast.ops import reference
+from lemma_fast.ops import Operations, reference
 from lemma_fast.recognizer import Prior
 from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
 from lemma_fast.recognizers.charset import CTCLabels
@@ -29,15 +28,17 @@ from lemma_fast.training.settings import Settings
 from lemma_fast.training.typed import SettingsError
 
 
-def op_table(name: str) -> ModuleType:
+def op_table(name: str) -> Operations:
     """The operations by their config word; raises SettingsError where they cannot run."""
-    if name == "reference":
-        return reference
     try:
-        return importlib.import_module("lemma_fast.ops.fused")
+        return {
+            "reference": lambda: reference,
+            "native": lambda: training_operations("cpu"),
+            "fused": lambda: training_operations("cuda"),
+        }[name]()
     except ImportError as error:
         raise SettingsError(
-            f"ops: fused cannot be used here ({error}); write ops: reference, or install what is "
+            f"ops: {name} cannot be used here ({error}); write ops: reference, or install what is "
             "missing"
         ) from error
 
@@ -77,6 +78,7 @@ class RestorationStage(StageModule):
         self.loss = LemmaLoss(
             recognizer,
             wanted.weights,
+            distance=wanted.distance,
             attention_padding=wanted.attention_padding,
             unit_diagonal=wanted.unit_diagonal,
             double_softmax=wanted.double_softmax,
@@ -136,8 +138,19 @@ class LemmaStage(RestorationStage):
 
     network: LEMMA
 
+    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
+        super().__init__(settings, total, per_epoch, fresh)
+        self.train()
+
     def _build(self, settings: Settings) -> LEMMA:
         return LEMMA(settings.lemma_config(), op_table(settings.ops))
+
+    def train(self, mode: bool = True) -> LemmaStage:
+        """As any module, but a prior that is not taught stays as it is, statistics too."""
+        super().train(mode)
+        if self.settings.optimizer.prior_learning_rate == 0:
+            self.network.prior.eval().requires_grad_(False)
+        return self
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         prior = list(self.network.prior.parameters())

@@ -25,7 +25,7 @@ import yaml
 from lemma_fast.baselines import BaselineConfig
 from lemma_fast.config import LemmaConfig
 from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
-from lemma_fast.training.losses import LOSS_SCALE, LossWeights
+from lemma_fast.training.losses import LOSS_SCALE, LossWeights, PixelDistance
 from lemma_fast.training.typed import SettingsError, Values, build, merge
 
 Stage = Literal["prior", "text_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"]
@@ -80,6 +80,7 @@ class LossSettings:
     """
 
     weights: LossWeights = field(default_factory=LossWeights)
+    distance: PixelDistance = "mse"
     recognizer: str | None = None
     pixel_steps: int = 0
     gradient_profile: float = 0.0
@@ -151,7 +152,7 @@ class Settings:
     stage: Stage
     output: str = "runs/lemma"
     seed: int = 0
-    ops: Literal["reference", "fused"] = "reference"
+    ops: Literal["reference", "native", "fused"] = "reference"
     # `preset` (base, small) and entries of LemmaConfig; of TextFocusConfig or CRNNConfig with the
     # presets published and small; of BaselineConfig, where the stage is the name.
     model: Values = field(default_factory=dict)

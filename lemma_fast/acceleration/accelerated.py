@@ -19,7 +19,7 @@ from lemma_fast.acceleration.network import Network
 from lemma_fast.checkpoint import CheckpointError, from_published
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
-from lemma_fast.ops import extension, native
+from lemma_fast.ops import Operations, extension, native
 from lemma_fast.recognizer import Prior
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -209,23 +209,29 @@ def accelerate(
         )
 
 
-def trainable(model: LEMMA) -> LEMMA:
-    """Copy a network into one with the operations that are fused on its device and have gradients.
+def training_operations(device: str) -> Operations:
+    """The operations that are fused on a kind of device and have gradients.
 
-    On CUDA these are all six; on the CPU the adaptive fusion, in C++.
+    On `cuda` these are all six; on the `cpu` the adaptive fusion, in C++. Raises ImportError where
+    what they need is missing, ValueError for another device.
     """
     from lemma_fast.ops import fused, reference
 
-    first = next(model.parameters())
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"training is accelerated on CUDA and the CPU, not on {device}")
+    extension.load()
+    if device == "cuda":
+        # Else only the first call would miss it.
+        importlib.import_module("triton")
+        return fused
     table = {name: getattr(reference, name) for name in reference.__all__}
-    if first.device.type == "cuda":
-        table |= {name: getattr(fused, name) for name in reference.__all__}
-    elif first.device.type == "cpu":
-        extension.load()
-        table["adafm"] = fused.adafm
-    else:
-        raise ValueError(f"training is accelerated on CUDA and the CPU, not on {first.device}")
-    copied = LEMMA(model.config, ops=SimpleNamespace(**table))
+    return SimpleNamespace(**{**table, "adafm": fused.adafm})
+
+
+def trainable(model: LEMMA) -> LEMMA:
+    """Copy a network into one with the `training_operations` of its device."""
+    first = next(model.parameters())
+    copied = LEMMA(model.config, ops=training_operations(first.device.type))
     copied.load_state_dict(model.state_dict())
     for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)

@@ -1,5 +1,6 @@
 """The losses: corrected forms, switches, and where gradients go."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,9 @@ from lemma_fast.training.losses import (
     confusion_cross_entropy,
     crnn_ctc_loss,
     fine_tune_loss,
+    pixel_distance,
 )
+from lemma_fast.training.metrics import psnr
 
 LABELS = ["don't", "a"]
 
@@ -55,6 +58,32 @@ def test_without_recogniser_and_prior_only_pixels_count():
     terms = LemmaLoss()(sr, hr)
     torch.testing.assert_close(terms.total, F.mse_loss(sr, hr))
     assert terms.attention == terms.confusion == terms.fine_tune == 0
+
+
+def test_the_logarithm_of_the_error_is_psnr_and_knows_no_mask():
+    hr = torch.rand(3, 4, 32, 128, dtype=torch.float64) / 2 + 0.25
+    noise = torch.randn_like(hr) * torch.tensor([0.01, 0.03, 0.05])[:, None, None, None]
+    sr = (hr + noise).requires_grad_()
+    value = LemmaLoss(distance="log_mse")(sr, hr).total
+    mean = psnr(sr.detach(), hr).mean()
+    # the floor under the logarithm counts for 0.15 dB where the error is a hundredth
+    torch.testing.assert_close(-10 / math.log(10) * value, mean.to(value), atol=0.2, rtol=0)
+    (gradient,) = torch.autograd.grad(value, sr)
+    assert gradient[:, 3].eq(0).all()
+    # a crop counts by its ratio, not by its size: faint ones are not outweighed
+    torch.testing.assert_close(
+        gradient.flatten(1).norm(dim=1) * (sr - hr)[:, :3].flatten(1).norm(dim=1),
+        torch.full((3,), 2 / 3, dtype=torch.float64),
+        atol=0.07,
+        rtol=0,
+    )
+
+
+def test_equal_crops_have_a_finite_distance():
+    hr = torch.rand(1, 3, 32, 128)
+    sr = hr.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(pixel_distance(sr, hr, "log_mse"), sr)
+    assert torch.isfinite(gradient).all()
 
 
 def test_weight_zero_skips_the_recogniser():

@@ -9,6 +9,7 @@ from tiny_training import stage_of, write_config
 
 import lemma_fast
 from lemma_fast import LEMMA, checkpoint
+from lemma_fast.ops import extension, fused, native, reference
 from lemma_fast.training import export
 from lemma_fast.training.module import rate_factor
 from lemma_fast.training.restoration import LemmaStage, op_table
@@ -21,9 +22,40 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_fused_operations_that_are_missing_are_one_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lemma_fast.ops.fused", None)
-    with pytest.raises(SettingsError, match="write ops: reference"):
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(SettingsError, match="triton.*write ops: reference"):
         op_table("fused")
+
+
+@pytest.mark.skipif(not native.available(), reason="the extension is not built")
+def test_native_operations_are_the_reference_but_for_the_fusion():
+    table = op_table("native")
+    assert table.adafm is fused.adafm
+    others = set(reference.__all__) - {"adafm"}
+    assert all(getattr(table, name) is getattr(reference, name) for name in others)
+
+
+def test_native_operations_without_a_compiler_are_one_sentence(monkeypatch):
+    extension.load.cache_clear()
+    monkeypatch.setattr(extension, "missing", lambda: "the extension was not built")
+    with pytest.raises(SettingsError, match="ops: native cannot be used.*not built"):
+        op_table("native")
+
+
+def test_a_prior_of_rate_zero_stays_as_it_is(tmp_path):
+    settings = stage_of(write_config(tmp_path), "lemma", "optimizer.prior_learning_rate=0")
+    module = LemmaStage(settings, 10, 5)
+    before = {name: tensor.clone() for name, tensor in module.network.prior.state_dict().items()}
+    for _ in range(2):
+        sr, _ = module.network(torch.rand(2, 4, 16, 64))
+        sr.mean().backward()
+        # as after a validation
+        module.eval()
+        module.train()
+    assert module.network.stem.weight.grad is not None
+    assert all(parameter.grad is None for parameter in module.network.prior.parameters())
+    torch.testing.assert_close(module.network.prior.state_dict(), before, atol=0, rtol=0)
 
 
 def test_the_paper_halves_its_rate_after_epoch_400():
