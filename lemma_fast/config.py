@@ -137,7 +137,7 @@ class LemmaConfig:
         return self.num_selected if keep else self.height * self.width
 
     def spell(self, classes: Sequence[int]) -> str:
-        """Text of the best classes [T] of the prior's `text_logits`.
+        """Text of the best classes [T] of the prior's `img_logits` or `text_logits`.
 
         They end at the first 0; those of a CRNN are CTC steps, where 0 stands between characters
         and a repeat is the same character still.

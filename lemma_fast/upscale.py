@@ -31,7 +31,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 class Inferred:
     """What the network says of one crop.
 
-    `pixels` uint8 [32, 128, 3]; `text` is the prior's guess in lower case; `length` counts the
+    `pixels` uint8 [32, 128, 3]; `text` is what the prior reads, in lower case; `length` counts the
     positions it holds valid, end mark included; `attention` float32 [16, 64] is the largest
     attention that a valid position pays to each pixel: where the characters are.
     """
@@ -214,7 +214,7 @@ class Upscaler:
             index = torch.arange(prior.attn_map.shape[1], device=lengths.device)
             live = (index < lengths[:, None])[:, :, None, None]
             attention = (prior.attn_map.float() * live).amax(1).clamp(min=0)
-            classes = prior.text_logits.argmax(-1)
+            classes = prior.img_logits.argmax(-1)
         return [
             Inferred(picture, self.model.config.spell(row), int(length), heat)
             for picture, row, length, heat in zip(

@@ -37,4 +37,5 @@ class EchoModel(nn.Module):
         # Behind the end mark: no part of the text.
         logits[:, 4:, 7] = 1
         lengths = torch.full((len(lr),), 4)
-        return sr, Prior(attention, logits, logits, lengths)
+        # What the language part guesses is not what is read.
+        return sr, Prior(attention, logits, -logits, lengths)

@@ -33,7 +33,11 @@ OFFICIAL_BATCH = 64
 
 
 class PriorReader:
-    """The network's own text prior as a recogniser."""
+    """The network's own text prior as a recogniser: what its vision part reads.
+
+    Its language part guesses each character from the others alone, and the network has no use for a
+    fusion of both.
+    """
 
     name = "prior"
 
@@ -44,9 +48,12 @@ class PriorReader:
     def read(self, images: Tensor) -> list[Reading]:
         """Read RGB `images` (N, 3, H, W); the confidence is that of all valid positions."""
         found, _ = self.prior(images)
-        best, ids = found.text_logits.float().softmax(-1).max(-1)
+        best, ids = found.img_logits.float().softmax(-1).max(-1)
         index = torch.arange(ids.shape[1], device=ids.device)
-        sure = torch.where(index < found.pt_lengths[:, None], best, 1.0).prod(1)
+        lengths = found.pt_lengths
+        if isinstance(self.prior, TextPrior):
+            lengths = self.prior.valid_lengths(found.img_logits)
+        sure = torch.where(index < lengths[:, None], best, 1.0).prod(1)
         return [
             Reading(self.prior.config.spell(row), confidence, tuple(row))
             for row, confidence in zip(ids.tolist(), sure.tolist(), strict=True)

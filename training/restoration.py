@@ -125,7 +125,7 @@ class RestorationStage(StageModule):
         scores["psnr"] = psnr(sr, hr)
         scores["ssim"] = ssim(sr, hr)
         if prior is not None and isinstance(self.network, LEMMA):
-            texts = read_prior(prior.text_logits, self.network.config)
+            texts = read_prior(prior.img_logits, self.network.config)
             scores["prior_accuracy"] = self._hits(texts, batch)
         for reader in self._readers:
             texts = [reading.text for reading in reader.read(sr[:, :3].clamp(0, 1))]

@@ -44,8 +44,8 @@ class PriorStage(StageModule):
         config = self.network.config
         return {
             "loss": loss.expand(len(batch.labels)),
-            "accuracy": self._hits(read_prior(prior.text_logits, config), batch),
-            "vision_accuracy": self._hits(read_prior(prior.img_logits, config), batch),
+            "accuracy": self._hits(read_prior(prior.img_logits, config), batch),
+            "language_accuracy": self._hits(read_prior(prior.text_logits, config), batch),
         }
 
     def save(self, path: Path, provenance: Mapping[str, str]) -> None:

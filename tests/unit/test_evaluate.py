@@ -130,7 +130,7 @@ def test_the_prior_reads_what_the_network_reads(network, crops):
     seen = views(network, lr, hr)
     readings = PriorReader(network.prior).read(lr.float() / 255)
     assert [r.ids for r in readings] == [
-        tuple(row) for row in seen.prior.text_logits.argmax(-1).tolist()
+        tuple(row) for row in seen.prior.img_logits.argmax(-1).tolist()
     ]
     assert all(0 <= r.confidence <= 1 for r in readings)
 

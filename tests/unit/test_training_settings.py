@@ -18,7 +18,7 @@ from lemma_fast.training.typed import SettingsError
         ("colour=3", "unknown key colour"),
         ("run.steps=many", "run.steps is a whole number, not 'many'"),
         ("run.batch_size=true", "run.batch_size is a whole number"),
-        ("ops=fast", "ops is one of reference, fused"),
+        ("ops=fast", "ops is one of reference, native, fused"),
         ("optimizer.betas=[0.5]", "optimizer.betas has 2 entries"),
         ("data=3", "data is a table"),
         ("model.blocks=3", "model: unknown entries in LemmaConfig: blocks"),
