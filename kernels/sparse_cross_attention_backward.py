@@ -65,9 +65,10 @@ class Sizes(NamedTuple):
         site = SITES if self.zero_row else 0
         return (*self, share, site, int(self.zero_row))
 
-    def launch(self, itemsize: int) -> dict[str, int | str]:
-        """Blocks, precision and warps for rows of a type of that many bytes."""
-        keys, warps = (16, 8) if itemsize == 4 else (32, 4)
+    def launch(self, itemsize: int) -> dict[str, int | str | None]:
+        """Blocks, precision, warps and registers for rows of a type of that many bytes."""
+        # Given the choice, ptxas spills a little of half types for one more block.
+        keys, warps, registers = (16, 8, None) if itemsize == 4 else (32, 4, 255)
         exact = torch.get_float32_matmul_precision() == "highest"
         return {
             "BLOCK_L": _BLOCK_L,
@@ -77,6 +78,7 @@ class Sizes(NamedTuple):
             "BLOCK_F": _block(self.feedforward),
             "PRECISION": "tf32x3" if exact else "tf32",
             "num_warps": warps,
+            "maxnreg": registers,
         }
 
 

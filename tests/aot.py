@@ -44,6 +44,7 @@ class Case(NamedTuple):
     capability: int
     num_warps: int
     num_stages: int = 3
+    maxnreg: int | None = None
 
 
 def compile_kernel(
@@ -53,6 +54,7 @@ def compile_kernel(
     capability: int,
     num_warps: int,
     num_stages: int = 3,
+    maxnreg: int | None = None,
 ) -> Resources:
     """Make a cubin of one `@triton.jit` function; not in a process with TRITON_INTERPRET set."""
     import triton
@@ -86,7 +88,7 @@ def compile_kernel(
         raise ValueError(f"{fn.__name__} has no arguments {sorted(unknown)}")
     source = ASTSource(fn, signature=types, constexprs=constants, attrs=hints)
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     compiled = triton.compile(source, target=target, options=options)
     return _resources(compiled.asm["cubin"], compiled.metadata.shared)
 

@@ -386,12 +386,13 @@ def _cubin_cases(dtype: str, size: int, capability: int):
         ):
             constexprs = {name: known[name] for name in known if name not in left_out}
             constexprs |= sizes.launch(size) | more
-            warps = constexprs.pop("num_warps")
-            yield aot.Case(place, signature, constexprs, capability, warps)
+            options = {name: constexprs.pop(name) for name in ("num_warps", "maxnreg")}
+            yield aot.Case(place, signature, constexprs, capability, **options)
         known |= constexprs
         kept = ("GIVEN", "C", "P", "SHARE", "ZERO_ROW", "BLOCK_L", "BLOCK_C")
         constexprs = {name: known[name] for name in kept}
-        yield aot.Case(f"{folder}_backward:_collect", collect, constexprs, capability, warps)
+        place = f"{folder}_backward:_collect"
+        yield aot.Case(place, collect, constexprs, capability, options["num_warps"])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
