@@ -31,5 +31,5 @@ def test_it_gains_over_bicubic_on_the_examples(accelerate):
         truth = Image.open(EXAMPLES / "hr" / crop.name).convert("RGB")
         bicubic = Image.open(crop).convert("RGB").resize(truth.size, Image.Resampling.BICUBIC)
         gains.append(psnr(result, truth) - psnr(bicubic, truth))
-    # crops of low contrast lose: the card says so
-    assert np.median(gains) > 0.5, gains
+    # two of the eight lose: the card says so
+    assert np.median(gains) > 1.5, gains
