@@ -187,6 +187,8 @@ def test_an_evaluation_becomes_a_table_of_readings_and_gains(results):
     readme.write_text("<!-- benchmark:evaluation -->\n<!-- /benchmark -->\n")
     call(results, "--no-plots")
     text = readme.read_text()
-    assert "| crops, image | tesseract accuracy | PSNR |" in text
-    assert "| hard, SR | 50.0 % (40.0 to 60.0) | 23.25 (23.15 to 23.35) |" in text
-    assert "| hard, gain over bicubic | +50.0 (+40.0 to +60.0) | +1.25 (+1.15 to +1.35) |" in text
+    assert "| crops, image | tesseract accuracy | prior accuracy | PSNR |" in text
+    read = "50.0 % (40.0 to 60.0) | 20.0 % (10.0 to 30.0)"
+    assert f"| hard, SR | {read} | 23.25 (23.15 to 23.35) |" in text
+    gain = "+50.0 (+40.0 to +60.0) | +20.0 (+10.0 to +30.0)"
+    assert f"| hard, gain over bicubic | {gain} | +1.25 (+1.15 to +1.35) |" in text
