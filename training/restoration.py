@@ -30,12 +30,10 @@ from lemma_fast.training.typed import SettingsError
 
 def op_table(name: str) -> Operations:
     """The operations by their config word; raises SettingsError where they cannot run."""
+    if name == "reference":
+        return reference
     try:
-        return {
-            "reference": lambda: reference,
-            "native": lambda: training_operations("cpu"),
-            "fused": lambda: training_operations("cuda"),
-        }[name]()
+        return training_operations("cpu" if name == "native" else "cuda")
     except ImportError as error:
         raise SettingsError(
             f"ops: {name} cannot be used here ({error}); write ops: reference, or install what is "
