@@ -28,7 +28,7 @@ def test_fused_operations_that_are_missing_are_one_sentence(monkeypatch):
         op_table("fused")
 
 
-@pytest.mark.skipif(not native.available(), reason="the extension is not built")
+@pytest.mark.skipif(not native.available(), reason=str(extension.missing()))
 def test_native_operations_are_the_reference_but_for_the_fusion():
     table = op_table("native")
     assert table.adafm is fused.adafm
