@@ -216,7 +216,7 @@ class TextFocusLoss(nn.Module):
     ) -> TextFocusTerms:
         """Compare `sr` and `hr` (N, 4, 32, 128), unclamped; gradients flow to `sr` alone.
 
-        Of `mse` all four channels, the mask too, are in the pixel term; the recogniser sees colours.
+        `mse` is about all four channels, the mask too; the recogniser sees the colours.
         `labels` may be None where no recogniser looks.
         """
         pixel = pixel_distance(sr, hr, self.distance)
