@@ -237,14 +237,18 @@ class TextPrior(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Prior, Tensor]:
         """`image` [N, 3, H, W] in [0, 1] to the prior and its small maps `h_attn` [N, T, h, w]."""
-        size = (2 * self.config.height, 2 * self.config.width)
-        image = F.interpolate(image, size=size, mode="bicubic", align_corners=True)
-        img_logits, h_attn = self.vision((image - self.mean) / self.std)
+        img_logits, h_attn = self.vision(self.prepare(image))
         probabilities = img_logits.detach().softmax(dim=2)
         text_logits = self.language(probabilities, self.valid_lengths(img_logits))
         attn_map = F.interpolate(h_attn, size=self.config.size, mode="bicubic", align_corners=True)
         lengths = self.valid_lengths(text_logits)
         return Prior(attn_map, img_logits, text_logits, lengths), h_attn
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """RGB [N, 3, any, any] in [0, 1] to the vision part's input [N, 3, 2H, 2W], normalised."""
+        size = (2 * self.config.height, 2 * self.config.width)
+        image = F.interpolate(image, size=size, mode="bicubic", align_corners=True)
+        return (image - self.mean) / self.std
 
     def valid_lengths(self, logits: Tensor) -> Tensor:
         """`valid_lengths` of logits [N, T, classes] with the config's shortest length."""

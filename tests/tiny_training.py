@@ -39,6 +39,7 @@ VALUES = {
         "tensorboard": False,
     },
     "stages": {
+        "language": {"select": {"metric": "loss"}, "loss": {"scale": 1}},
         "prior": {"images": "both", "select": {"metric": "loss"}, "loss": {"scale": 1}},
         "text_focus": {
             "recognizer": {
@@ -78,7 +79,7 @@ def write_set(path, count=20):
 
 
 def write_config(folder, **changes):
-    """A config of all four stages beside a set of its own."""
+    """A config of all five stages beside a set of its own."""
     values = {**VALUES, "output": str(folder / "run"), **changes}
     values["data"] = {"train": [str(write_set(folder / "train.lmdb"))], **values["data"]}
     path = folder / "tiny.yaml"

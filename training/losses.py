@@ -26,6 +26,8 @@ PixelDistance = Literal["mse", "log_mse"]
 #: Added to a crop's error before its logarithm: past 50 dB there is nothing to gain.
 _LOG_FLOOR = 1e-5
 
+#: The class of positions that count in no cross-entropy.
+IGNORED = -100
 #: What the published training multiplies the loss by; its gradient clipping counts on it.
 LOSS_SCALE = 100.0
 
@@ -128,8 +130,8 @@ def text_focus_cross_entropy(logits: Tensor, labels: FocusLabels) -> Tensor:
 
     This is what the Transformer itself is trained with.
     """
-    targets = labels.targets.masked_fill(~labels.live(), -100)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    targets = labels.targets.masked_fill(~labels.live(), IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def crnn_ctc_loss(logits: Tensor, labels: CTCLabels) -> Tensor:
@@ -159,17 +161,22 @@ def fine_tune_loss(
     cross-entropy; `include_padding=False` counts characters and the first null only.
     The ids come from `encode_prior_labels`.
     """
-    targets = label_ids
-    if not include_padding:
-        # a null inside the word, which unfiltered labels can have, is not the end of it
-        index = torch.arange(label_ids.shape[1], device=label_ids.device)
-        ends = ((label_ids != 0) * (index + 1)).amax(1, keepdim=True)
-        targets = label_ids.masked_fill(index > ends, -100)
+    targets = label_ids if include_padding else without_padding(label_ids)
     total = img_logits.new_zeros(())
     for logits in (img_logits, text_logits):
         scores = logits.softmax(-1) if double_softmax else logits
-        total = total + F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        total = total + F.cross_entropy(
+            scores.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+        )
     return total
+
+
+def without_padding(label_ids: Tensor) -> Tensor:
+    """`label_ids` (N, T) with the nulls behind each word's end replaced by `IGNORED`."""
+    # a null inside the word, which unfiltered labels can have, is not the end of it
+    index = torch.arange(label_ids.shape[1], device=label_ids.device)
+    ends = ((label_ids != 0) * (index + 1)).amax(1, keepdim=True)
+    return label_ids.masked_fill(index > ends, IGNORED)
 
 
 class TextFocusLoss(nn.Module):

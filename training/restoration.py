@@ -14,7 +14,7 @@ from lemma_fast.acceleration import training_operations
 from lemma_fast.baselines import Baseline, build_baseline, super_resolve
 from lemma_fast.model import LEMMA
 from lemma_fast.ops import Operations, reference
-from lemma_fast.recognizer import Prior
+from lemma_fast.recognizer import Prior, TextPrior
 from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
 from lemma_fast.recognizers.charset import CTCLabels
 from lemma_fast.training import export
@@ -23,7 +23,7 @@ from lemma_fast.training.data import with_mask
 from lemma_fast.training.losses import LemmaLoss
 from lemma_fast.training.metrics import psnr, ssim
 from lemma_fast.training.module import StageModule
-from lemma_fast.training.prior_terms import prior_labels, read_prior
+from lemma_fast.training.prior_terms import prior_labels, read_prior, reading_loss
 from lemma_fast.training.settings import Settings
 from lemma_fast.training.typed import SettingsError
 
@@ -106,6 +106,12 @@ class RestorationStage(StageModule):
         if profile := self.settings.loss.gradient_profile:
             terms["gradient_profile"] = gradient_profile_loss(sr[:, :3], hr[:, :3])
             terms["loss"] = terms["loss"] + profile * terms["gradient_profile"]
+        if reading := self.settings.loss.reading:
+            assert isinstance(self.network, LEMMA) and isinstance(self.network.prior, TextPrior)
+            terms["reading"] = reading_loss(
+                self.network.prior, sr[:, :3], hr[:, :3], batch.prior_ids
+            )
+            terms["loss"] = terms["loss"] + reading * terms["reading"]
         return sr, hr, prior, terms
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:

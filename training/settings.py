@@ -28,7 +28,7 @@ from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
 from lemma_fast.training.losses import LOSS_SCALE, LossWeights, PixelDistance
 from lemma_fast.training.typed import SettingsError, Values, build, merge
 
-Stage = Literal["prior", "text_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"]
+Stage = Literal["language", "prior", "text_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"]
 T = TypeVar("T")
 
 #: The stages that train a network of Table 3 in LEMMA's place.
@@ -43,6 +43,9 @@ _REFERENCE = "stage:"
 class DataSettings:
     """Where crops come from; `train`, `validation` and `test` are LMDB roots, each list joined.
 
+    `words` is the dictionary of stage `language`: `system`, `builtin`, or a file with one word a
+    line; without it, the stage spells the labels of `train`.
+
     `selection` says what the best weights are chosen on: a share held out of `train`, the sets in
     `validation`, or (the published habit, which flatters the result) the `test` sets.
     """
@@ -50,6 +53,7 @@ class DataSettings:
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
+    words: str | None = None
     selection: Literal["held_out", "validation", "test"] = "held_out"
     held_out_share: float = 0.05
     held_out_seed: int = 0
@@ -76,7 +80,8 @@ class LossSettings:
     """The objective; the defaults are the published one, quirks included (see `losses`).
 
     `recognizer` is the text-focus Transformer's checkpoint. The first `pixel_steps` steps leave
-    its terms out. `gradient_profile` is the weight of TSRN's own loss beside the others.
+    its terms out. `gradient_profile` is the weight of TSRN's own loss beside the others,
+    `reading` that of `reading_loss`, whose reader is the network's own prior, frozen.
     """
 
     weights: LossWeights = field(default_factory=LossWeights)
@@ -84,6 +89,7 @@ class LossSettings:
     recognizer: str | None = None
     pixel_steps: int = 0
     gradient_profile: float = 0.0
+    reading: float = 0.0
     scale: float = LOSS_SCALE
     attention_padding: bool = True
     unit_diagonal: bool = False
@@ -234,6 +240,8 @@ class Settings:
             raise SettingsError(
                 f"select.metric psnr means nothing to stage {stage}: accuracy, loss"
             )
+        if stage == "language" and wanted != "loss":
+            raise SettingsError(f"select.metric {wanted} means nothing to stage language: loss")
         if restores and wanted == "accuracy" and self.select.recognizer is None:
             raise SettingsError("select.metric accuracy needs select.recognizer, a CRNN checkpoint")
         text_focus = self.loss.weights.text_focus != 0
@@ -242,14 +250,25 @@ class Settings:
                 "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
                 "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
             )
-        if stage in ("prior", "lemma"):
-            self.lemma_config()
+        if stage in ("language", "prior", "lemma"):
+            network = self.lemma_config()
+            if stage == "language" and network.text_prior != "abinet":
+                raise SettingsError(f"text_prior {network.text_prior} has no language part")
         elif stage == "text_focus":
             self.text_focus_config()
         elif stage == "crnn":
             self.crnn_config()
         else:
             self.baseline_config()
+        if self.loss.reading != 0 and (
+            stage != "lemma"
+            or network.text_prior != "abinet"
+            or self.optimizer.prior_learning_rate != 0
+        ):
+            raise SettingsError(
+                "loss.reading needs stage lemma, a prior that is ABINet's (model.text_prior), and "
+                "optimizer.prior_learning_rate 0: one that learns would meet the network halfway"
+            )
 
 
 def packaged() -> list[str]:

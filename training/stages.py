@@ -6,19 +6,29 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lemma_fast.crnn_prior import CRNNPrior
 from lemma_fast.model import text_prior
 from lemma_fast.recognizer import Prior, TextPrior
 from lemma_fast.recognizers import CRNN, TextFocus
+from lemma_fast.recognizers.charset import encode_prior_labels
 from lemma_fast.training import export
-from lemma_fast.training.batches import Batch
-from lemma_fast.training.losses import crnn_ctc_loss, text_focus_cross_entropy
+from lemma_fast.training.batches import Batch, mix
+from lemma_fast.training.losses import (
+    IGNORED,
+    crnn_ctc_loss,
+    text_focus_cross_entropy,
+    without_padding,
+)
 from lemma_fast.training.module import StageModule
-from lemma_fast.training.prior_terms import prior_loss, read_prior
+from lemma_fast.training.prior_terms import prior_loss, read_prior, simulated_reading
 from lemma_fast.training.restoration import BaselineStage, LemmaStage
 from lemma_fast.training.settings import BASELINES, Settings
+from lemma_fast.training.words import Vocabulary
 
 
 class PriorStage(StageModule):
@@ -47,6 +57,58 @@ class PriorStage(StageModule):
             "accuracy": self._hits(read_prior(prior.img_logits, config), batch),
             "language_accuracy": self._hits(read_prior(prior.text_logits, config), batch),
         }
+
+    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
+        export.save_prior(self.network, path, provenance, self.settings.export)
+
+
+class LanguageStage(StageModule):
+    """The language part of ABINet's prior alone: it learns to spell, from words without images.
+
+    The words are the labels of the batch, or drawn from the dictionary `data.words`; what it reads
+    is simulated. The rest of the prior stays as it is.
+    """
+
+    network: TextPrior
+
+    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
+        super().__init__(settings, total, per_epoch)
+        network = text_prior(settings.lemma_config())
+        assert isinstance(network, TextPrior)
+        self.network = network
+        network.vision.requires_grad_(False)
+        words = settings.data.words
+        self.vocabulary = None if words is None else Vocabulary(words, "train")
+        if fresh:
+            export.start(network, settings)
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        return [(list(self.network.language.parameters()), self.settings.optimizer.learning_rate)]
+
+    def _spell(self, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Logits of the words `ids` and their loss; `seed` is that of what was read."""
+        read = simulated_reading(ids, torch.Generator().manual_seed(seed))
+        logits = self.network.language(read, self.network.valid_lengths(read)).float()
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), without_padding(ids).flatten(), ignore_index=IGNORED
+        )
+        return logits, loss
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        ids = batch.prior_ids
+        seed = mix(self.settings.seed, self.global_step, self.global_rank)
+        if self.vocabulary is not None:
+            rng = np.random.default_rng(seed)
+            words = [self.vocabulary.draw(rng, "") for _ in range(len(ids))]
+            ids = encode_prior_labels(words, ids.shape[1], filtered=True).to(ids.device)
+        return {"loss": self._spell(ids, seed)[1]}
+
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        ids = batch.prior_ids
+        logits, loss = self._spell(ids, 0)
+        counted = without_padding(ids) != IGNORED
+        right = ((logits.argmax(-1) == ids) & counted).sum(1) / counted.sum(1)
+        return {"loss": loss.expand(len(ids)), "character_accuracy": right}
 
     def save(self, path: Path, provenance: Mapping[str, str]) -> None:
         export.save_prior(self.network, path, provenance, self.settings.export)
@@ -109,8 +171,9 @@ class CRNNStage(ReaderStage):
         return crnn_ctc_loss(self.network(self.network.prepare(images)), batch.ctc)
 
 
-STAGES: Mapping[str, type[LemmaStage | BaselineStage | PriorStage | TextFocusStage | CRNNStage]] = {
+STAGES: Mapping[str, type[StageModule]] = {
     "lemma": LemmaStage,
+    "language": LanguageStage,
     "prior": PriorStage,
     "text_focus": TextFocusStage,
     "crnn": CRNNStage,

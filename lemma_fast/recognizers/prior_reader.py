@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.config import LemmaConfig
@@ -43,10 +42,7 @@ class PriorReader(nn.Module, ABC):
         A crop of another size is resized: bicubic with aligned corners, as published for 16x64.
         """
         base.check_images(images)
-        size = (2 * self.config.height, 2 * self.config.width)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", align_corners=True)
-        return (images - self.prior.mean) / self.prior.std
+        return self.prior.prepare(images)
 
     @abstractmethod
     def read_logits(self, prepared: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def _weights(folder, name="last.safetensors"):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """All four stages, trained without a break; LEMMA uses what the others made."""
+    """All five stages, trained without a break; LEMMA uses what the others made."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
@@ -66,7 +66,7 @@ def whole(tmp_path_factory):
 def _begin_again(whole, tmp_path):
     """The other stages of a whole run, and the settings of LEMMA in a folder of its own."""
     config, overrides = whole
-    for stage in ("prior", "text_focus", "crnn"):
+    for stage in ("language", "prior", "text_focus", "crnn"):
         shutil.copytree(config.parent / "run" / stage, tmp_path / "run" / stage)
     return config, [*overrides, f"output={tmp_path / 'run'}"]
 

@@ -28,6 +28,7 @@ from lemma_fast.training.typed import SettingsError
         ("data.selection=test", "data.test names no set"),
         ("select.metric=accuracy", "select.recognizer"),
         ("loss.weights.text_focus=1", "loss.recognizer names no checkpoint"),
+        ("loss.reading=0.1", "loss.reading needs stage lemma.*prior_learning_rate 0"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path, override, message):
@@ -45,6 +46,7 @@ def test_a_wrong_setting_is_named(tmp_path, override, message):
         ("baseline.rectification=true", "baseline: srresnet has no rectification"),
         ("select.metric=accuracy", "select.recognizer"),
         ("loss.weights.text_focus=1", "loss.recognizer names no checkpoint"),
+        ("loss.reading=0.1", "loss.reading needs stage lemma"),
     ],
 )
 def test_a_wrong_setting_of_a_baseline_is_named(tmp_path, override, message):
@@ -53,11 +55,23 @@ def test_a_wrong_setting_of_a_baseline_is_named(tmp_path, override, message):
         choose(config, "srresnet", [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("select.metric=accuracy", "accuracy means nothing to stage language"),
+        ("model.text_prior=crnn", "text_prior crnn has no language part"),
+    ],
+)
+def test_a_wrong_setting_of_the_language_part_is_named(tmp_path, override, message):
+    with pytest.raises(SettingsError, match=message):
+        choose(write_config(tmp_path), "language", [override])
+
+
 def test_overrides_reach_one_stage_or_all(tmp_path):
     config = write_config(tmp_path)
     given = ["stages.prior.run.steps=7", "seed=5", "optimizer.learning_rate=1e-3"]
     found = {chosen.stage: chosen for chosen in choose(config, "all", given)}
-    assert list(found) == ["prior", "text_focus", "crnn", "lemma"]
+    assert list(found) == ["language", "prior", "text_focus", "crnn", "lemma"]
     assert found["prior"].run.steps == 7
     assert found["lemma"].run.steps == 12
     assert {chosen.seed for chosen in found.values()} == {5}

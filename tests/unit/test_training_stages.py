@@ -10,11 +10,17 @@ from tiny_training import stage_of, write_config
 import lemma_fast
 from lemma_fast import LEMMA, checkpoint
 from lemma_fast.ops import extension, fused, native, reference
+from lemma_fast.recognizers.charset import encode_prior_labels
 from lemma_fast.training import export
+from lemma_fast.training.batches import EncodedCrops
+from lemma_fast.training.data import TextZoomDataset
+from lemma_fast.training.fit import fit
+from lemma_fast.training.losses import IGNORED, without_padding
 from lemma_fast.training.module import rate_factor
+from lemma_fast.training.prior_terms import reading_loss, simulated_reading
 from lemma_fast.training.restoration import LemmaStage, op_table
 from lemma_fast.training.settings import OptimizerSettings
-from lemma_fast.training.stages import PriorStage
+from lemma_fast.training.stages import LanguageStage, PriorStage
 from lemma_fast.training.typed import SettingsError
 
 # Networks this small only lose by more.
@@ -56,6 +62,66 @@ def test_a_prior_of_rate_zero_stays_as_it_is(tmp_path):
     assert module.network.stem.weight.grad is not None
     assert all(parameter.grad is None for parameter in module.network.prior.parameters())
     torch.testing.assert_close(module.network.prior.state_dict(), before, atol=0, rtol=0)
+
+
+def test_the_loss_of_reading_is_the_priors_opinion(tmp_path):
+    prior = PriorStage(stage_of(write_config(tmp_path), "prior"), 10, 5).network.eval()
+    generator = torch.Generator().manual_seed(4)
+    sr, hr = torch.rand(2, 2, 3, 32, 128, generator=generator).unbind()
+    ids = encode_prior_labels(["lid", "a"], prior.config.max_length)
+    places = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    (seen, _), (_, there) = prior(sr), prior(hr)
+    expected = 0.0
+    for n, t in places:
+        expected -= seen.img_logits[n, t].log_softmax(-1)[ids[n, t]] / len(places)
+        expected += (prior(sr)[1][n, t] - there[n, t]).abs().sum() / len(places)
+    torch.testing.assert_close(reading_loss(prior, sr, hr, ids), expected)
+
+
+def test_the_loss_of_reading_teaches_the_network_and_not_the_prior(tmp_path):
+    config = write_config(tmp_path)
+    overrides = ["optimizer.prior_learning_rate=0", "loss.weights.fine_tune=0"]
+    module = LemmaStage(stage_of(config, "lemma", *overrides, "loss.reading=0.25"), 10, 5)
+    crops = EncodedCrops(TextZoomDataset(tmp_path / "train.lmdb"), 26)
+    terms = module._forward(crops.__getitems__([0, 3]))[-1]
+    torch.testing.assert_close(terms["loss"], terms["pixel"] + 0.25 * terms["reading"])
+    terms["reading"].backward()
+    assert module.network.stem.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in module.network.prior.parameters())
+
+
+def test_a_simulated_reading_errs_within_words_alone():
+    ids = encode_prior_labels(["lemma", "a"] * 500, 8)
+    read = simulated_reading(ids, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(read.sum(-1), torch.ones(ids.shape))
+    assert read.min() >= 0
+    word = without_padding(ids) != IGNORED
+    wrong = read.argmax(-1) != ids
+    # 20 % are replaced, and a few of the right ones lose to a doubt
+    assert 0.17 < wrong[word].float().mean() < 0.25
+    assert wrong[~word].float().mean() < 0.05
+    again = simulated_reading(ids, torch.Generator().manual_seed(1))
+    assert torch.equal(read, again)
+
+
+@pytest.mark.parametrize("words", [None, "builtin"])
+def test_the_language_part_learns_to_spell_alone(tmp_path, words):
+    config = write_config(tmp_path)
+    overrides = [f"data.words={words or 'null'}", "run.steps=60", "optimizer.learning_rate=1e-2"]
+    chosen = stage_of(config, "language", *overrides)
+    module = LanguageStage(chosen, 60, 5)
+    before = {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
+    crops = EncodedCrops(TextZoomDataset(tmp_path / "train.lmdb"), 26)
+    batch = crops.__getitems__(range(len(crops)))
+    first = module.scores(batch)["loss"].mean()
+    assert fit(chosen).best["loss"] < 0.8 * first
+    after = load_file(chosen.folder / "best.safetensors")
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) != name.startswith("language.") or ".pos" in name
+    prior = stage_of(config, "prior", "start.weights=stage:language")
+    torch.testing.assert_close(
+        dict(PriorStage(prior, 10, 5).network.state_dict()), after, rtol=0, atol=0
+    )
 
 
 def test_the_paper_halves_its_rate_after_epoch_400():
