@@ -48,8 +48,9 @@ def reading_loss(prior: TextPrior, sr: Tensor, hr: Tensor, label_ids: Tensor) ->
         target = prior.vision(prior.prepare(hr))[1]
     logits, attention = prior.vision(prior.prepare(sr))
     targets = without_padding(label_ids)
+    counted = targets != IGNORED
     distance = (attention - target).abs().sum((2, 3))
-    astray = distance[targets != IGNORED].mean()
+    astray = torch.where(counted, distance, 0).sum() / counted.sum()
     return astray + F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
     )

@@ -358,7 +358,13 @@ def _read(path: Path, seen: Iterable[Path] = ()) -> Values:
     base = values.pop("base", None)
     if base is None:
         return values
-    return merge(_read(_locate(str(base), path.parent), (*seen, path)), values)
+    merged = merge(_read(_locate(str(base), path.parent), (*seen, path)), values)
+    own, theirs = values.get("stages"), merged.get("stages")
+    if isinstance(own, dict) and isinstance(theirs, dict):
+        # In the order of this file, after those that it leaves as they were.
+        before = [stage for stage in theirs if stage not in own]
+        merged["stages"] = {stage: theirs[stage] for stage in (*before, *own)}
+    return merged
 
 
 def _override(text: str) -> tuple[list[str], Any]:

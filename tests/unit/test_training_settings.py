@@ -96,6 +96,15 @@ def test_a_base_is_changed_entry_by_entry(tmp_path):
     assert (chosen.run.steps, chosen.run.batch_size) == (5, 4)
 
 
+def test_stages_are_trained_in_the_order_of_the_file_that_names_them(tmp_path):
+    write_config(tmp_path)
+    other = tmp_path / "other.yaml"
+    other.write_text("base: tiny.yaml\nstages: {crnn: {seed: 3}, prior: {}}\n")
+    names = [chosen.stage for chosen in choose(other)]
+    assert names == ["language", "text_focus", "lemma", "crnn", "prior"]
+    assert stage_of(other, "crnn").seed == 3
+
+
 @pytest.mark.parametrize("name", settings.packaged())
 def test_packaged_configs_are_valid(name):
     chosen = {found.stage: found for found in choose(name)}
