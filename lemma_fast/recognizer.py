@@ -247,7 +247,8 @@ class TextPrior(nn.Module):
     def prepare(self, image: Tensor) -> Tensor:
         """RGB [N, 3, any, any] in [0, 1] to the vision part's input [N, 3, 2H, 2W], normalised."""
         size = (2 * self.config.height, 2 * self.config.width)
-        image = F.interpolate(image, size=size, mode="bicubic", align_corners=True)
+        if image.shape[-2:] != size:
+            image = F.interpolate(image, size=size, mode="bicubic", align_corners=True)
         return (image - self.mean) / self.std
 
     def valid_lengths(self, logits: Tensor) -> Tensor:

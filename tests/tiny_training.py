@@ -65,6 +65,14 @@ VALUES = {
     },
 }
 
+#: Overrides for LEMMA with its own prior as the reader in the loss.
+READING = (
+    "loss.reading=0.25",
+    "loss.filtered_labels=true",
+    "loss.weights.fine_tune=0",
+    "optimizer.prior_learning_rate=0",
+)
+
 
 def write_set(path, count=20):
     """Words on plain ground, as an LMDB in TextZoom's layout."""

@@ -49,8 +49,8 @@ def train(
     stage: Annotated[
         str,
         typer.Option(
-            help="prior, text_focus, crnn, lemma, srcnn, srresnet, tsrn; all: what the config has, "
-            "in order."
+            help="language, prior, text_focus, crnn, lemma, srcnn, srresnet, tsrn; all: what the "
+            "config has, in order."
         ),
     ] = "all",
     max_minutes: Annotated[

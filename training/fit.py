@@ -193,8 +193,9 @@ def _trainer(settings: Settings, total: int, first: int, callbacks: list[Callbac
         )
     strategy: str | DDPStrategy = "auto"
     if run.devices * run.nodes > 1:
-        # Without the fine-tuning loss the prior's own classifier has no gradient.
-        unused = settings.stage == "lemma" and settings.loss.weights.fine_tune == 0
+        # Without the fine-tuning loss the classifier of a prior that learns has no gradient.
+        learns = settings.optimizer.prior_learning_rate != 0
+        unused = settings.stage == "lemma" and settings.loss.weights.fine_tune == 0 and learns
         strategy = DDPStrategy(find_unused_parameters=unused)
     return L.Trainer(
         accelerator=run.accelerator,

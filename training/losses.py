@@ -130,7 +130,11 @@ def text_focus_cross_entropy(logits: Tensor, labels: FocusLabels) -> Tensor:
 
     This is what the Transformer itself is trained with.
     """
-    targets = labels.targets.masked_fill(~labels.live(), IGNORED)
+    return position_cross_entropy(logits, labels.targets.masked_fill(~labels.live(), IGNORED))
+
+
+def position_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of `logits` (N, T, classes) over the `targets` (N, T) not `IGNORED`."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
@@ -165,9 +169,7 @@ def fine_tune_loss(
     total = img_logits.new_zeros(())
     for logits in (img_logits, text_logits):
         scores = logits.softmax(-1) if double_softmax else logits
-        total = total + F.cross_entropy(
-            scores.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
-        )
+        total = total + position_cross_entropy(scores, targets)
     return total
 
 

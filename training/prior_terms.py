@@ -11,7 +11,13 @@ from lemma_fast.crnn_prior import CRNNPrior
 from lemma_fast.recognizer import Prior, TextPrior
 from lemma_fast.recognizers.charset import PRIOR, CTCLabels
 from lemma_fast.training.batches import Batch
-from lemma_fast.training.losses import IGNORED, crnn_ctc_loss, fine_tune_loss, without_padding
+from lemma_fast.training.losses import (
+    IGNORED,
+    crnn_ctc_loss,
+    fine_tune_loss,
+    position_cross_entropy,
+    without_padding,
+)
 
 
 def prior_labels(network: TextPrior | CRNNPrior, batch: Batch) -> Tensor | CTCLabels:
@@ -51,17 +57,15 @@ def reading_loss(prior: TextPrior, sr: Tensor, hr: Tensor, label_ids: Tensor) ->
     counted = targets != IGNORED
     distance = (attention - target).abs().sum((2, 3))
     astray = torch.where(counted, distance, 0).sum() / counted.sum()
-    return astray + F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
-    )
+    return astray + position_cross_entropy(logits.float(), targets)
 
 
 def simulated_reading(label_ids: Tensor, generator: torch.Generator) -> Tensor:
     """What a vision part that errs makes of `label_ids` (N, T): probabilities (N, T, 37).
 
-    Up to 40 % of a word's characters, its end among them, are other ones. Every position is up to
-    80 % unsure: mostly about one other class, which for half of the wrong characters is the right
-    one. `generator` is one of the CPU's.
+    Each character, the end too, is drawn anew with a probability of up to 40 %, its word's own.
+    Every position is up to 80 % unsure: mostly about one other class, which for half of the
+    characters drawn anew is the right one. `generator` is one of the CPU's.
     """
     ids = label_ids.cpu()
     N, T = ids.shape

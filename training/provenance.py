@@ -15,6 +15,7 @@ import torch
 
 from lemma_fast.training.lmdb_io import Records
 from lemma_fast.training.settings import Settings
+from lemma_fast.training.words import Vocabulary
 
 _SELECTION = {
     "held_out": "a share held out of the training sets",
@@ -33,6 +34,7 @@ def provenance(
         "stage": settings.stage,
         "settings": json.dumps(dataclasses.asdict(settings)),
         "data": json.dumps(recipes),
+        **_words(settings),
         "crops": f"{train_crops} to train on, {chosen_crops} to choose on, "
         f"{len(left_out)} damaged and left out",
         "selection": _SELECTION[data.selection],
@@ -52,6 +54,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _words(settings: Settings) -> dict[str, str]:
+    words = settings.data.words
+    if settings.stage != "language" or words is None:
+        return {}
+    return {"words": f"{words}, sha256 {Vocabulary(words, 'train').digest}"}
 
 
 def _recipe(root: str) -> dict[str, object] | None:

@@ -106,12 +106,6 @@ class RestorationStage(StageModule):
         if profile := self.settings.loss.gradient_profile:
             terms["gradient_profile"] = gradient_profile_loss(sr[:, :3], hr[:, :3])
             terms["loss"] = terms["loss"] + profile * terms["gradient_profile"]
-        if reading := self.settings.loss.reading:
-            assert isinstance(self.network, LEMMA) and isinstance(self.network.prior, TextPrior)
-            terms["reading"] = reading_loss(
-                self.network.prior, sr[:, :3], hr[:, :3], batch.prior_ids
-            )
-            terms["loss"] = terms["loss"] + reading * terms["reading"]
         return sr, hr, prior, terms
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -148,6 +142,15 @@ class LemmaStage(RestorationStage):
 
     def _build(self, settings: Settings) -> LEMMA:
         return LEMMA(settings.lemma_config(), op_table(settings.ops))
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
+        sr, hr, prior, terms = super()._forward(batch)
+        if reading := self.settings.loss.reading:
+            reader = self.network.prior
+            assert isinstance(reader, TextPrior)
+            terms["reading"] = reading_loss(reader, sr[:, :3], hr[:, :3], batch.prior_ids)
+            terms["loss"] = terms["loss"] + reading * terms["reading"]
+        return sr, hr, prior, terms
 
     def train(self, mode: bool = True) -> LemmaStage:
         """As any module, but a prior that is not taught stays as it is, statistics too."""

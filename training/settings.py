@@ -44,7 +44,7 @@ class DataSettings:
     """Where crops come from; `train`, `validation` and `test` are LMDB roots, each list joined.
 
     `words` is the dictionary of stage `language`: `system`, `builtin`, or a file with one word a
-    line; without it, the stage spells the labels of `train`.
+    line; without it, the stage spells the labels of `train`. Nothing of a dictionary is held out.
 
     `selection` says what the best weights are chosen on: a share held out of `train`, the sets in
     `validation`, or (the published habit, which flatters the result) the `test` sets.
@@ -143,8 +143,8 @@ class RunSettings:
 class SelectSettings:
     """What the best weights are best in; `recognizer` is a CRNN checkpoint for `accuracy`.
 
-    The stages that train a recogniser know `accuracy` (their own) and `loss`, the others also
-    `psnr`.
+    The stages that train a recogniser know `accuracy` (their own) and `loss`, those that restore
+    crops also `psnr`, `language` knows `loss` alone.
     """
 
     metric: Literal["accuracy", "psnr", "loss"] = "psnr"
@@ -236,12 +236,15 @@ class Settings:
             raise SettingsError(f"run.ema {run.ema} is not between 0 and 1")
         wanted, stage = self.select.metric, self.stage
         restores = stage in ("lemma", *BASELINES)
-        if not restores and wanted == "psnr":
+        known: tuple[str, ...] = ("accuracy", "loss")
+        if restores:
+            known = ("psnr", *known)
+        if stage == "language":
+            known = ("loss",)
+        if wanted not in known:
             raise SettingsError(
-                f"select.metric psnr means nothing to stage {stage}: accuracy, loss"
+                f"select.metric {wanted} means nothing to stage {stage}: {', '.join(known)}"
             )
-        if stage == "language" and wanted != "loss":
-            raise SettingsError(f"select.metric {wanted} means nothing to stage language: loss")
         if restores and wanted == "accuracy" and self.select.recognizer is None:
             raise SettingsError("select.metric accuracy needs select.recognizer, a CRNN checkpoint")
         text_focus = self.loss.weights.text_focus != 0
@@ -260,14 +263,20 @@ class Settings:
             self.crnn_config()
         else:
             self.baseline_config()
-        if self.loss.reading != 0 and (
-            stage != "lemma"
-            or network.text_prior != "abinet"
-            or self.optimizer.prior_learning_rate != 0
-        ):
+        if restores and self.loss.reading != 0:
+            self._check_reading()
+
+    def _check_reading(self) -> None:
+        if self.stage != "lemma" or self.lemma_config().text_prior != "abinet":
+            raise SettingsError("loss.reading needs stage lemma with ABINet as its text prior")
+        if self.optimizer.prior_learning_rate != 0:
             raise SettingsError(
-                "loss.reading needs stage lemma, a prior that is ABINet's (model.text_prior), and "
-                "optimizer.prior_learning_rate 0: one that learns would meet the network halfway"
+                "loss.reading needs optimizer.prior_learning_rate=0: a reader that learns would "
+                "meet the network halfway"
+            )
+        if not self.loss.filtered_labels:
+            raise SettingsError(
+                "loss.reading needs loss.filtered_labels=true: an apostrophe would count as the end"
             )
 
 
@@ -358,12 +367,19 @@ def _read(path: Path, seen: Iterable[Path] = ()) -> Values:
     base = values.pop("base", None)
     if base is None:
         return values
-    merged = merge(_read(_locate(str(base), path.parent), (*seen, path)), values)
-    own, theirs = values.get("stages"), merged.get("stages")
+    below = _read(_locate(str(base), path.parent), (*seen, path))
+    merged = merge(below, values)
+    own, theirs, inherited = (table.get("stages") for table in (values, merged, below))
+    inherited = inherited or {}
     if isinstance(own, dict) and isinstance(theirs, dict):
-        # In the order of this file, after those that it leaves as they were.
-        before = [stage for stage in theirs if stage not in own]
-        merged["stages"] = {stage: theirs[stage] for stage in (*before, *own)}
+        # In the base's order; a stage that is new comes before the one that follows it here.
+        order = [stage for stage in theirs if stage in inherited]
+        place = len(order)
+        for stage in reversed(own):
+            if stage not in order:
+                order.insert(place, stage)
+            place = order.index(stage)
+        merged["stages"] = {stage: theirs[stage] for stage in order}
     return merged
 
 

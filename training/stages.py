@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.crnn_prior import CRNNPrior
@@ -21,6 +20,7 @@ from lemma_fast.training.batches import Batch, mix
 from lemma_fast.training.losses import (
     IGNORED,
     crnn_ctc_loss,
+    position_cross_entropy,
     text_focus_cross_entropy,
     without_padding,
 )
@@ -62,7 +62,7 @@ class PriorStage(StageModule):
         export.save_prior(self.network, path, provenance, self.settings.export)
 
 
-class LanguageStage(StageModule):
+class LanguageStage(PriorStage):
     """The language part of ABINet's prior alone: it learns to spell, from words without images.
 
     The words are the labels of the batch, or drawn from the dictionary `data.words`; what it reads
@@ -72,27 +72,18 @@ class LanguageStage(StageModule):
     network: TextPrior
 
     def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
-        super().__init__(settings, total, per_epoch)
-        network = text_prior(settings.lemma_config())
-        assert isinstance(network, TextPrior)
-        self.network = network
-        network.vision.requires_grad_(False)
+        super().__init__(settings, total, per_epoch, fresh)
+        self.network.vision.requires_grad_(False)
         words = settings.data.words
         self.vocabulary = None if words is None else Vocabulary(words, "train")
-        if fresh:
-            export.start(network, settings)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         return [(list(self.network.language.parameters()), self.settings.optimizer.learning_rate)]
 
-    def _spell(self, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Logits of the words `ids` and their loss; `seed` is that of what was read."""
-        read = simulated_reading(ids, torch.Generator().manual_seed(seed))
+    def _spell(self, read: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits for words read as `read`, and their loss against `ids`."""
         logits = self.network.language(read, self.network.valid_lengths(read)).float()
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), without_padding(ids).flatten(), ignore_index=IGNORED
-        )
-        return logits, loss
+        return logits, position_cross_entropy(logits, without_padding(ids))
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         ids = batch.prior_ids
@@ -101,17 +92,21 @@ class LanguageStage(StageModule):
             rng = np.random.default_rng(seed)
             words = [self.vocabulary.draw(rng, "") for _ in range(len(ids))]
             ids = encode_prior_labels(words, ids.shape[1], filtered=True).to(ids.device)
-        return {"loss": self._spell(ids, seed)[1]}
+        read = simulated_reading(ids, torch.Generator().manual_seed(seed))
+        return {"loss": self._spell(read, ids)[1]}
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         ids = batch.prior_ids
-        logits, loss = self._spell(ids, 0)
+        # A word is read alike in whatever batch, so that ranks and runs compare.
+        seeds = [mix(*word) for word in ids.tolist()]
+        read = [
+            simulated_reading(word[None], torch.Generator().manual_seed(seed))
+            for word, seed in zip(ids, seeds, strict=True)
+        ]
+        logits, loss = self._spell(torch.cat(read), ids)
         counted = without_padding(ids) != IGNORED
         right = ((logits.argmax(-1) == ids) & counted).sum(1) / counted.sum(1)
         return {"loss": loss.expand(len(ids)), "character_accuracy": right}
-
-    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
-        export.save_prior(self.network, path, provenance, self.settings.export)
 
 
 class ReaderStage(StageModule):
@@ -171,7 +166,7 @@ class CRNNStage(ReaderStage):
         return crnn_ctc_loss(self.network(self.network.prepare(images)), batch.ctc)
 
 
-STAGES: Mapping[str, type[StageModule]] = {
+STAGES: Mapping[str, type[LemmaStage | BaselineStage | PriorStage | TextFocusStage | CRNNStage]] = {
     "lemma": LemmaStage,
     "language": LanguageStage,
     "prior": PriorStage,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_training import stage_of, write_config
+from tiny_training import READING, stage_of, write_config
 
 import lemma_fast
 from lemma_fast.recognizers import load_recognizer
@@ -51,6 +51,8 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     config = write_config(folder)
     overrides = [
+        "stages.language.data.words=builtin",
+        "stages.prior.start.weights=stage:language",
         "stages.lemma.start.prior=stage:prior",
         "stages.lemma.loss.recognizer=stage:text_focus",
         "stages.lemma.loss.weights.text_focus=0.5",
@@ -124,6 +126,15 @@ def test_chunks_make_the_same_run(whole, tmp_path):
     torch.testing.assert_close(_weights(chosen.folder), _weights(unbroken), rtol=0, atol=0)
     # There is nothing left to do, and that takes no step.
     assert fit(chosen, steps=5) == outcome
+
+
+def test_chunks_spell_the_same_words(whole, tmp_path):
+    config, overrides = whole
+    chosen = stage_of(config, "language", *overrides, f"output={tmp_path}")
+    for _ in range(3):
+        fit(chosen, steps=5)
+    unbroken = config.parent / "run" / "language"
+    torch.testing.assert_close(_weights(chosen.folder), _weights(unbroken), rtol=0, atol=0)
 
 
 def test_a_spent_budget_stops_after_a_step(whole, tmp_path):
@@ -204,10 +215,12 @@ def test_the_best_validation_is_kept(whole):
     assert sorted(psnr.values()) == [4, 8, 12]
 
 
-def test_bfloat16_and_tensorboard(tmp_path):
+@pytest.mark.parametrize("stage", ["language", "lemma"])
+def test_bfloat16_and_tensorboard(tmp_path, stage):
     chosen = stage_of(
         write_config(tmp_path),
-        "lemma",
+        stage,
+        *(READING if stage == "lemma" else ()),
         "run.precision=bfloat16",
         "run.tensorboard=true",
         "run.steps=2",
@@ -223,13 +236,14 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_one_network(tmp_path):
+@pytest.mark.parametrize("changes", [(), READING, ("loss.weights.fine_tune=0",)])
+def test_two_ranks_train_one_network(tmp_path, changes):
     config = write_config(tmp_path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["-m", "lemma_fast.cli", "train", str(config), "--stage", "lemma", "run.steps=4"]
     options = ["run.devices=2", "run.accelerator=cpu", "run.ema=null", "export=float32"]
     ran = subprocess.run(
-        [*launch, *command, *options],
+        [*launch, *command, *options, *changes],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -242,7 +256,7 @@ def test_two_ranks_train_one_network(tmp_path):
     assert result["device"].startswith("2 x ")
 
     # Validation saw every crop once: the mean is that of one process over all of them.
-    chosen = stage_of(config, "lemma")
+    chosen = stage_of(config, "lemma", *changes)
     _, judged, _ = split(chosen.data)
     whole = EncodedCrops(judged, 26).__getitems__(range(len(judged)))
     module = LemmaStage(chosen, 1, 1)

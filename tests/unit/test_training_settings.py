@@ -28,7 +28,7 @@ from lemma_fast.training.typed import SettingsError
         ("data.selection=test", "data.test names no set"),
         ("select.metric=accuracy", "select.recognizer"),
         ("loss.weights.text_focus=1", "loss.recognizer names no checkpoint"),
-        ("loss.reading=0.1", "loss.reading needs stage lemma.*prior_learning_rate 0"),
+        ("loss.reading=0.1", "loss.reading needs optimizer.prior_learning_rate=0"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path, override, message):
@@ -58,13 +58,24 @@ def test_a_wrong_setting_of_a_baseline_is_named(tmp_path, override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("select.metric=accuracy", "accuracy means nothing to stage language"),
+        ("select.metric=accuracy", "accuracy means nothing to stage language: loss"),
+        ("select.metric=psnr", "psnr means nothing to stage language: loss"),
         ("model.text_prior=crnn", "text_prior crnn has no language part"),
     ],
 )
 def test_a_wrong_setting_of_the_language_part_is_named(tmp_path, override, message):
     with pytest.raises(SettingsError, match=message):
         choose(write_config(tmp_path), "language", [override])
+
+
+def test_a_loss_of_reading_reads_filtered_labels(tmp_path):
+    config = write_config(tmp_path)
+    overrides = ["loss.reading=0.1", "optimizer.prior_learning_rate=0"]
+    with pytest.raises(SettingsError, match="loss.reading needs loss.filtered_labels=true"):
+        choose(config, "lemma", overrides)
+    # The other stages have no use for it, and say nothing.
+    found = choose(config, "all", [*overrides, "loss.filtered_labels=true"])
+    assert len(found) == 5
 
 
 def test_overrides_reach_one_stage_or_all(tmp_path):
@@ -96,13 +107,22 @@ def test_a_base_is_changed_entry_by_entry(tmp_path):
     assert (chosen.run.steps, chosen.run.batch_size) == (5, 4)
 
 
-def test_stages_are_trained_in_the_order_of_the_file_that_names_them(tmp_path):
+def test_a_new_stage_comes_before_the_one_that_follows_it():
+    def order(name: str) -> list[str]:
+        return [chosen.stage for chosen in choose(name)]
+
+    assert order("small-cpu") == ["lemma"]
+    assert order("small-cpu-refine") == ["prior", "lemma"]
+    assert order("small-cpu-text") == ["language", "prior", "lemma"]
+
+
+def test_a_changed_stage_keeps_its_place(tmp_path):
     write_config(tmp_path)
     other = tmp_path / "other.yaml"
-    other.write_text("base: tiny.yaml\nstages: {crnn: {seed: 3}, prior: {}}\n")
+    other.write_text("base: tiny.yaml\nstages: {prior: {seed: 3}}\n")
     names = [chosen.stage for chosen in choose(other)]
-    assert names == ["language", "text_focus", "lemma", "crnn", "prior"]
-    assert stage_of(other, "crnn").seed == 3
+    assert names == ["language", "prior", "text_focus", "crnn", "lemma"]
+    assert stage_of(other, "prior").seed == 3
 
 
 @pytest.mark.parametrize("name", settings.packaged())
