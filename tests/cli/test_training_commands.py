@@ -85,7 +85,10 @@ def test_training_again_finds_nothing_to_do(run, config):
     [
         (["nowhere.yaml"], "no config nowhere.yaml; packaged are"),
         (["CONFIG", "run.stepz=1"], "unknown key run.stepz; did you mean steps?"),
-        (["CONFIG", "--stage", "lama"], "no stage 'lama'; it has prior, text_focus, crnn, lemma"),
+        (
+            ["CONFIG", "--stage", "lama"],
+            "no stage 'lama'; it has language, prior, text_focus, crnn, lemma",
+        ),
         (["CONFIG", "data.train=nothing.lmdb"], "nothing.lmdb"),
         (["CONFIG", "run.batch_size=40"], "there are 16 training crops"),
     ],
