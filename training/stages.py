@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lemma_fast.crnn_prior import CRNNPrior
 from lemma_fast.model import text_prior
@@ -73,12 +73,10 @@ class LanguageStage(PriorStage):
 
     def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
         super().__init__(settings, total, per_epoch, fresh)
+        # It has no gradient, and several devices want to know that beforehand.
         self.network.vision.requires_grad_(False)
         words = settings.data.words
         self.vocabulary = None if words is None else Vocabulary(words, "train")
-
-    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        return [(list(self.network.language.parameters()), self.settings.optimizer.learning_rate)]
 
     def _spell(self, read: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits for words read as `read`, and their loss against `ids`."""

@@ -109,6 +109,7 @@ def test_the_language_part_learns_to_spell_alone(tmp_path, words):
     overrides = [f"data.words={words or 'null'}", "run.steps=60", "optimizer.learning_rate=1e-2"]
     chosen = stage_of(config, "language", *overrides)
     module = LanguageStage(chosen, 60, 5)
+    assert not any(parameter.requires_grad for parameter in module.network.vision.parameters())
     before = {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
     crops = EncodedCrops(TextZoomDataset(tmp_path / "train.lmdb"), 26)
     batch = crops.__getitems__(range(len(crops)))
