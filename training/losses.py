@@ -110,7 +110,12 @@ def attention_l1(
     # under autocast the maps may be half types, and their differences are small
     wide = torch.promote_types(sr.dtype, torch.float32)
     distance = (sr.to(wide) - hr.to(wide)).abs().mean((1, 3))
-    return torch.where(counted, distance, 0).sum() / counted.sum()
+    return counted_mean(distance, counted)
+
+
+def counted_mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of `values` where `counted`, a bool of their shape; shapes do not depend on the data."""
+    return torch.where(counted, values, 0).sum() / counted.sum()
 
 
 def confusion_cross_entropy(logits: Tensor, labels: FocusLabels, weights: Tensor) -> Tensor:

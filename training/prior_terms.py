@@ -13,6 +13,7 @@ from lemma_fast.recognizers.charset import PRIOR, CTCLabels
 from lemma_fast.training.batches import Batch
 from lemma_fast.training.losses import (
     IGNORED,
+    counted_mean,
     crnn_ctc_loss,
     fine_tune_loss,
     position_cross_entropy,
@@ -54,9 +55,7 @@ def reading_loss(prior: TextPrior, sr: Tensor, hr: Tensor, label_ids: Tensor) ->
         target = prior.vision(prior.prepare(hr))[1]
     logits, attention = prior.vision(prior.prepare(sr))
     targets = without_padding(label_ids)
-    counted = targets != IGNORED
-    distance = (attention - target).abs().sum((2, 3))
-    astray = torch.where(counted, distance, 0).sum() / counted.sum()
+    astray = counted_mean((attention - target).abs().sum((2, 3)), targets != IGNORED)
     return astray + position_cross_entropy(logits.float(), targets)
 
 

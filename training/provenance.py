@@ -15,7 +15,7 @@ import torch
 
 from lemma_fast.training.lmdb_io import Records
 from lemma_fast.training.settings import Settings
-from lemma_fast.training.words import Vocabulary
+from lemma_fast.training.words import digest
 
 _SELECTION = {
     "held_out": "a share held out of the training sets",
@@ -60,7 +60,7 @@ def _words(settings: Settings) -> dict[str, str]:
     words = settings.data.words
     if settings.stage != "language" or words is None:
         return {}
-    return {"words": f"{words}, sha256 {Vocabulary(words, 'train').digest}"}
+    return {"words": f"{words}, sha256 {digest(words)}"}
 
 
 def _recipe(root: str) -> dict[str, object] | None:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +24,7 @@ import yaml
 from lemma_fast.baselines import BaselineConfig
 from lemma_fast.config import LemmaConfig
 from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
+from lemma_fast.training.config_files import locate, read
 from lemma_fast.training.losses import LOSS_SCALE, LossWeights, PixelDistance
 from lemma_fast.training.typed import SettingsError, Values, build, merge
 
@@ -280,15 +280,9 @@ class Settings:
             )
 
 
-def packaged() -> list[str]:
-    """Names of the configs that came with this installation."""
-    folder = resources.files("lemma_fast.training") / "configs"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if ".yaml" in entry.name)
-
-
 def stages(config: str | Path, overrides: Sequence[str] = ()) -> list[Settings]:
     """All stages of a config, in the order in which they are trained; raises SettingsError."""
-    values = _read(_locate(config, None))
+    values = read(locate(config))
     own = values.pop("stages", None)
     if own is None:
         own = {str(values.get("stage", "lemma")): {}}
@@ -341,46 +335,6 @@ def _recognizer(presets: Mapping[str, T], entries: Values) -> T:
         raise
     except ValueError as error:
         raise SettingsError(f"recognizer: {error}") from error
-
-
-def _locate(config: str | Path, beside: Path | None) -> Path:
-    """The file of a config: a path (relative to the file that names it), or a packaged name."""
-    path = Path(config)
-    places = [path] if beside is None else [beside / path]
-    folder = Path(str(resources.files("lemma_fast.training"))) / "configs"
-    places += [folder / path.name, folder / f"{path.name}.yaml"] if path.name == str(path) else []
-    for place in places:
-        if place.is_file():
-            return place
-    raise SettingsError(f"no config {config}; packaged are {', '.join(packaged())}")
-
-
-def _read(path: Path, seen: Iterable[Path] = ()) -> Values:
-    if path in seen:
-        raise SettingsError(f"{path} is based on itself")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise SettingsError(f"{path} is not a table of settings")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    below = _read(_locate(str(base), path.parent), (*seen, path))
-    merged = merge(below, values)
-    own, theirs, inherited = (table.get("stages") for table in (values, merged, below))
-    inherited = inherited or {}
-    if isinstance(own, dict) and isinstance(theirs, dict):
-        # In the base's order; a stage that is new comes before the one that follows it here.
-        order = [stage for stage in theirs if stage in inherited]
-        place = len(order)
-        for stage in reversed(own):
-            if stage not in order:
-                order.insert(place, stage)
-            place = order.index(stage)
-        merged["stages"] = {stage: theirs[stage] for stage in order}
-    return merged
 
 
 def _override(text: str) -> tuple[list[str], Any]:

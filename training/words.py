@@ -112,6 +112,11 @@ def read_dictionary(source: str) -> tuple[str, ...]:
     return tuple(sorted(kept))
 
 
+def digest(dictionary: str) -> str:
+    """The sha256 of the words of a dictionary, which a recipe and a run are named by."""
+    return sha256("\n".join(read_dictionary(dictionary)).encode()).hexdigest()
+
+
 def _is_unwelcome(word: str) -> bool:
     beginnings = {word, word[:4], word[:5], word[:6]}
     return any(sha256(b.encode()).hexdigest()[:8] in _UNWELCOME for b in beginnings)
@@ -123,7 +128,7 @@ class Vocabulary:
     def __init__(self, dictionary: str = "system", split: Split = "train") -> None:
         self.dictionary = dictionary
         self.split = split
-        self.digest = sha256("\n".join(read_dictionary(dictionary)).encode()).hexdigest()
+        self.digest = digest(dictionary)
         self._words = tuple(w for w in read_dictionary(dictionary) if split_of(w) == split)
         self._signs = tuple(w for w in SIGN_WORDS if split_of(w) == split)
         if not self._words:

@@ -7,6 +7,7 @@ from tiny_training import stage_of, write_baselines, write_config
 
 import lemma_fast
 from lemma_fast.training import settings
+from lemma_fast.training.config_files import packaged
 from lemma_fast.training.settings import OptimizerSettings, Settings, choose
 from lemma_fast.training.typed import SettingsError
 
@@ -125,7 +126,7 @@ def test_a_changed_stage_keeps_its_place(tmp_path):
     assert stage_of(other, "prior").seed == 3
 
 
-@pytest.mark.parametrize("name", settings.packaged())
+@pytest.mark.parametrize("name", packaged())
 def test_packaged_configs_are_valid(name):
     chosen = {found.stage: found for found in choose(name)}
     lemma = chosen["lemma"]
