@@ -115,6 +115,7 @@ def test_a_new_stage_comes_before_the_one_that_follows_it():
     assert order("small-cpu") == ["lemma"]
     assert order("small-cpu-refine") == ["prior", "lemma"]
     assert order("small-cpu-text") == ["language", "prior", "lemma"]
+    assert order("small-synthetic") == ["language", "prior", "crnn", "lemma"]
 
 
 def test_a_changed_stage_keeps_its_place(tmp_path):
@@ -141,7 +142,8 @@ def test_packaged_configs_are_valid(name):
             found = chosen[stage]
             for entry in ("data", "run", "seed", "output", "select", "optimizer", "export"):
                 assert getattr(found, entry) == getattr(lemma, entry), (stage, entry)
-            assert found.loss.scale == lemma.loss.scale
+            for entry in ("scale", "distance"):
+                assert getattr(found.loss, entry) == getattr(lemma.loss, entry), (stage, entry)
             assert found.loss.weights.text_focus == 0
             assert (found.loss.gradient_profile > 0) == (stage == "tsrn")
             rectified = name.startswith("textzoom") and stage == "tsrn"
