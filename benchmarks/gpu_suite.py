@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def steps(out: Path, dry: bool, compile_mode: str) -> list[Step]:
         str(out / "model.json"), batches=(1, 64, 8, 256), training=64, stages=True
     )  # fmt: skip
     against = Bench(
-        str(out / "compiled.json"), ("base",), precisions=("tf32", "bfloat16"), training=64,
+        str(out / "compiled.json"), ("base",), (64, 1), ("bfloat16", "tf32"), training=64,
         variants=("reference", "compiled", "accelerated"), compile_mode=compile_mode,
     )  # fmt: skip
     json_at = f"--benchmark-json={out / 'ops.json'}"
@@ -108,7 +108,10 @@ def steps(out: Path, dry: bool, compile_mode: str) -> list[Step]:
     architecture = machine_architecture()
     cuda = {"LEMMA_FAST_CUDA": "1"}
     cuda |= {"TORCH_CUDA_ARCH_LIST": architecture} if architecture else {}
-    quick = Bench(str(out / "quick.json"), seconds=2.0, rounds=(3, 20))
+    quick = Bench(
+        str(out / "quick.json"), ("base",), precisions=("bfloat16", "tf32"), seconds=2.0,
+        rounds=(3, 20),
+    )  # fmt: skip
     kernels = "regex:^_|^(pool|fuse|fold|pack|mix|rows|write|gate_forward)_kernel"
     ncu = ["ncu", "--clock-control", "none", "-k", kernels, "-c", "30", "--section"]
     ncu += ["SpeedOfLight", "--section", "Occupancy", "PYTHON", HERE, "--profile", "fused"]
@@ -141,12 +144,14 @@ def link_package(folder: Path) -> None:
 
 
 def child_environment(folder: Path) -> dict[str, str]:
-    """The environment of every step: the linked package first, no waiting for output."""
+    """The environment of every step: the linked package first (Python 3.11), no waiting."""
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     return {
         # A pytest that starts this one may have workers; those of its steps have none.
         **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")},
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        # With -m the folder that steps run in, ours, would come before the linked package.
+        "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -246,6 +251,9 @@ def machine() -> dict[str, str | None]:
         "nvcc": _said("nvcc", "--version"),
         "torch": _said(sys.executable, "-c", torch),
         "triton": _said(sys.executable, "-c", "import triton; print(triton.__version__)"),
+        "setuptools": _said(
+            sys.executable, "-c", "import setuptools; print(setuptools.__version__)"
+        ),
         "python": sys.version.split()[0],
     }
 
@@ -353,7 +361,9 @@ def main() -> int:
     todo = steps(out, given.dry_run, given.compile_mode)
     if unknown := [name for name in only if name not in [step.name for step in todo]]:
         parser.error(f"no step {unknown[0]!r}; steps are {', '.join(s.name for s in todo)}")
-    todo = [step for step in todo if not only or step.name in only]
+    if only:
+        # Who names steps has the budget for them.
+        todo = [replace(step, limit=given.budget) for step in todo if step.name in only]
     commit = os.environ.get("LEMMA_FAST_COMMIT")
     about = {"dry_run": given.dry_run, "commit": commit, "machine": machine()}
     return suite(out, given.budget, todo, about)

@@ -242,7 +242,13 @@ def time_model(name: str, model: LEMMA, device: torch.device, plan: Plan) -> Ite
         clock = Clock(device, wall=batch == 1)
         named = {"/".join(key): timed for key, timed in calls.items()}
         # At batch 1 each call waits for the last; above, samples are long enough for the clock.
-        samples = in_turn(named, clock, plan.seconds, plan.rounds, 0.0 if batch == 1 else 0.02)
+        shortest = 0.0 if batch == 1 else 0.02
+        try:
+            samples = in_turn(named, clock, plan.seconds, plan.rounds, shortest)
+        except Exception as error:  # noqa: BLE001  (the other sizes are wanted all the same)
+            for key in calls:
+                rows[key] |= failed(error)
+            calls = {}
         for key in calls:
             seconds = samples["/".join(key)]
             rows[key]["seconds"] = spread(seconds)
@@ -269,8 +275,8 @@ def _prepare(
     except Unavailable as reason:
         row |= {"status": "unavailable", "reason": str(reason)}
         return None
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+    except Exception as error:  # noqa: BLE001  (Triton's share no base with others)
+        row |= failed(error)
         return None
     row["peak_bytes"] = memory.peak()
     if key in variants.uses:
@@ -286,6 +292,11 @@ def _prepare(
         return None
     row["status"] = "timed"
     return Timed(partial(forward, lr), partial(precision, kind))
+
+
+def failed(error: Exception) -> Row:
+    """What a row says of a variant that raised an error."""
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
 
 
 def deviation(got: Tensor, expected: Tensor) -> float:

@@ -23,6 +23,7 @@ from lemma_fast.bench import (
     Row,
     Unavailable,
     crops,
+    failed,
     precision,
 )
 from lemma_fast.model import LEMMA
@@ -182,9 +183,8 @@ class Training:
             row["peak_bytes"] = _peak(step, self.device)
         except Unavailable as missing:
             return row | {"status": "unavailable", "reason": str(missing)}, None
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"[:500]
-            return row | {"status": "failed", "reason": reason}, None
+        except Exception as error:  # noqa: BLE001  (Triton's share no base with others)
+            return row | failed(error), None
         return row | {"status": "timed"}, step
 
     def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, kind: str) -> None:
@@ -241,7 +241,12 @@ def time_training(
             rows[variant, kind], step = training.prepare(variant, kind)
             if step is not None:
                 steps[f"{variant}/{kind}"] = step
-    samples = in_turn(steps, Clock(device, wall=False), plan.seconds, plan.rounds)
+    try:
+        samples = in_turn(steps, Clock(device, wall=False), plan.seconds, plan.rounds)
+    except Exception as error:  # noqa: BLE001  (rows of what does not train are wanted, too)
+        samples = {}
+        for row in rows.values():
+            row |= failed(error) if row["status"] == "timed" else {}
     for (variant, kind), row in rows.items():
         own, base = samples.get(f"{variant}/{kind}"), samples.get(f"reference/{kind}")
         if own is not None:

@@ -4,6 +4,9 @@ from torch import Tensor
 
 # ||a - b|| / ||b|| in fp32; gradients may be five times as far.
 FORWARD, BACKWARD = 1e-5, 5e-5
+# Gradients of many rows through ReLU, PReLU or a maximum: where rounding decides the side of a few
+# units, each moves the whole by about 1 / sqrt(units).
+KINKS = 2e-3
 
 
 def assert_close(got: Tensor, expected: Tensor, limit: float) -> None:

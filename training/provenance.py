@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lemma_fast import __version__
 from lemma_fast.training.lmdb_io import Records
 from lemma_fast.training.settings import Settings
 from lemma_fast.training.words import digest
@@ -43,7 +44,9 @@ def provenance(
         "versions": json.dumps(
             {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "lightning", "lemma-fast")},
+                "torch": torch.__version__,
+                "lightning": version("lightning"),
+                "lemma-fast": __version__,
             }
         ),
     }

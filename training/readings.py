@@ -13,13 +13,12 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lemma_fast import checkpoint
+from lemma_fast import __version__, checkpoint
 from lemma_fast.atomic import replacing
 from lemma_fast.recognizers import Recognizer, Tesseract
 
@@ -43,7 +42,7 @@ def fingerprint(reader: Recognizer) -> str | None:
     For a network these are its settings, its weights, and the kind of device it is on; for
     Tesseract the program's version and its language file.
     """
-    facts: dict[str, object] = {"lemma-fast": version("lemma-fast")}
+    facts: dict[str, object] = {"lemma-fast": __version__}
     if isinstance(reader, Tesseract):
         known = reader.version()
         return None if known is None else _digest({**facts, "tesseract": known})

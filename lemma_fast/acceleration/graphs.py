@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -35,8 +36,10 @@ class CudaRecorder:
         self, run: Run, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.run, self.shape, self.dtype, self.device = run, shape, dtype, device
-        self.pool = torch.cuda.graph_pool_handle()
         self.done = torch.cuda.Event()
+        # One for all recordings: a stream brings a workspace of cuBLAS with it.
+        self.aside = torch.cuda.Stream(device)
+        self.recorded: WeakSet[CudaGraph] = WeakSet()
 
     def begin(self) -> None:
         # The last use may have been on another stream.
@@ -47,12 +50,16 @@ class CudaRecorder:
 
     def record(self, size: int) -> CudaGraph:
         with torch.cuda.device(self.device):
-            batch = torch.zeros(size, *self.shape, dtype=self.dtype, device=self.device)
+            # Later batches are copied into it, in and out of inference mode.
+            with torch.inference_mode(False):
+                batch = torch.zeros(size, *self.shape, dtype=self.dtype, device=self.device)
+            if not self.recorded:
+                # PyTorch refuses a pool again whose graphs are all gone.
+                self.pool = torch.cuda.graph_pool_handle()
             here = torch.cuda.current_stream()
-            aside = torch.cuda.Stream()
-            aside.wait_stream(here)
+            self.aside.wait_stream(here)
             with (
-                torch.cuda.stream(aside),
+                torch.cuda.stream(self.aside),
                 torch.backends.cudnn.flags(
                     enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32
                 ),
@@ -62,8 +69,10 @@ class CudaRecorder:
                 graph = torch.cuda.CUDAGraph()
                 # Other threads may go on using the device meanwhile.
                 with torch.cuda.graph(
-                    graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"
+                    graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"
                 ):
                     outputs = self.run(batch)
-            here.wait_stream(aside)
-        return CudaGraph(graph, batch, outputs)
+            here.wait_stream(self.aside)
+        recording = CudaGraph(graph, batch, outputs)
+        self.recorded.add(recording)
+        return recording

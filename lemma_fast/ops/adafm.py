@@ -28,10 +28,11 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
 
     `features` and `guidance` [N, C, H, W] with any strides; on the CPU any C, on CUDA up to 64 in
     fp32 and 128 in half precision. fp32, fp16 and bf16, with fp32 sums and parameters of any of
-    these; fp64 on the CPU alone. Without gradients and in evaluation the norms are folded into the
-    convolutions. In training the running statistics are updated in place, as `nn.BatchNorm2d` does.
-    Under autocast both maps are cast, as the reference's convolutions cast theirs. Raises
-    ValueError for what does not fit.
+    these; fp64 on the CPU alone. On CUDA fp32 products are TF32 where cuDNN's convolutions may be,
+    else three TF32 products, near fp32. Without gradients and in evaluation the norms are folded
+    into the convolutions. In training the running statistics are updated in place, as
+    `nn.BatchNorm2d` does. Under autocast both maps are cast, as the reference's convolutions cast
+    theirs. Raises ValueError for what does not fit.
     """
     device = features.device.type
     if torch.is_autocast_enabled(device):
@@ -46,7 +47,7 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
     tensors = _flatten(weights)
     compute = _computing(features.dtype)
     plain = [tensor if tensor.dtype == compute else tensor.to(compute) for tensor in tensors]
-    tf32 = _allows_tf32()
+    tf32 = allows_tf32()
     ops = torch.ops.lemma_fast
     if not training and not (
         torch.is_grad_enabled() and any(x.requires_grad for x in (features, guidance, *plain))
@@ -64,8 +65,10 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
 
 # A compiled graph holds the answer; PyTorch compiles it again when the setting changes.
 @torch.compiler.assume_constant_result
-def _allows_tf32() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+def allows_tf32() -> bool:
+    """Whether PyTorch lets cuDNN's convolutions, which these products stand for, use TF32."""
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"
 
 
 # Where `_flatten` puts each norm: its weight and bias, then its running mean and variance.

@@ -5,6 +5,7 @@ bf16 parity is in tests/parity, where it runs as soon as there is a GPU.
 
 import pytest
 import torch
+from closeness import BACKWARD, FORWARD, KINKS
 from torch import Tensor
 
 from lemma_fast.ops import fused, reference
@@ -71,7 +72,8 @@ def test_parity_at_the_papers_size(name, N):
     for place, (mine, wanted) in enumerate(zip(got, expected, strict=True)):
         floor = largest / 100 if place else 0.0
         distance = float((mine.double() - wanted.double()).norm())
-        limit = 5e-5 if place else 1e-5
+        bent = BACKWARD if N == 1 or name == "bigru" else KINKS
+        limit = bent if place else FORWARD
         assert distance <= limit * max(float(wanted.double().norm()), floor), place
 
 

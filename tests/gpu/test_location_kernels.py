@@ -5,7 +5,7 @@ bf16 parity is in tests/parity, where it runs as soon as there is a GPU.
 
 import pytest
 import torch
-from closeness import BACKWARD, FORWARD, assert_close
+from closeness import BACKWARD, FORWARD, KINKS, assert_close
 from torch import Tensor
 
 from lemma_fast.ops import fused, reference
@@ -47,10 +47,18 @@ def forward_backward(ops, name: str, given: tuple) -> tuple[Tensor, ...]:
 def test_parity_at_the_papers_size(name, N):
     given = inputs(N)[name]
     results = (forward_backward(fused, name, given), forward_backward(reference, name, given))
+    bent = KINKS if N > 1 and name == "compress_select" else BACKWARD
     for place, (got, expected) in enumerate(zip(*results, strict=True)):
-        assert_close(got, expected, BACKWARD if place else FORWARD)
+        assert_close(got, expected, bent if place else FORWARD)
 
 
+@pytest.fixture
+def any_order():
+    """PyTorch's deterministic scatter, the gradient of positions, copies from the host."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("any_order")
 @pytest.mark.parametrize("name", ["compress_select", "location_enhance", "gather_region"])
 def test_never_waits_for_the_device(name):
     given = inputs(4)[name]
@@ -63,6 +71,7 @@ def test_never_waits_for_the_device(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("any_order")
 @pytest.mark.parametrize("name", ["compress_select", "location_enhance", "gather_region"])
 def test_cuda_graph_replays_on_new_data(name):
     given = inputs(4)[name]

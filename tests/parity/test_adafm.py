@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lemma_fast.blocks import AdaFM
-from lemma_fast.ops import extension, fused, reference
+from lemma_fast.ops import adafm, extension, fused, reference
 
 if (why := extension.missing()) is not None:
     pytest.skip(why, allow_module_level=True)
@@ -261,6 +261,14 @@ def test_nan_stays_in_its_image():
         torch.testing.assert_close(result[[0, 2]], clean[[0, 2]])
     assert grad[1].isnan().any()
     assert not grad[[0, 2]].isnan().any()
+
+
+def test_tf32_is_cudnns_choice():
+    assert not adafm.allows_tf32()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert not adafm.allows_tf32()
+    torch.backends.cudnn.allow_tf32 = True
+    assert adafm.allows_tf32()
 
 
 def test_an_empty_batch_passes():

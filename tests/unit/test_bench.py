@@ -130,7 +130,12 @@ def test_a_variant_that_differs_is_not_timed(model, monkeypatch, kind):
 
 @pytest.mark.parametrize(
     ("raised", "status"),
-    [(Unavailable("not here"), "unavailable"), (RuntimeError("no kernel"), "failed")],
+    [
+        (Unavailable("not here"), "unavailable"),
+        (RuntimeError("no kernel"), "failed"),
+        # as what Triton's compiler raises, which is derived from Exception alone
+        (Exception("out of resources"), "failed"),
+    ],
 )
 def test_a_variant_that_cannot_run_stops_no_other(model, monkeypatch, raised, status):
     def build(self, precision):
@@ -140,6 +145,18 @@ def test_a_variant_that_cannot_run_stops_no_other(model, monkeypatch, raised, st
     rows = [row for rows in time_model("tiny", model, CPU, PLAN) for row in rows]
     assert [row["status"] for row in rows] == ["timed", status] * 2
     assert str(raised) in rows[1]["reason"]
+
+
+def test_an_error_between_timings_costs_its_batch_size_alone(model, monkeypatch):
+    def out_of_memory(*arguments):
+        monkeypatch.setattr(bench, "in_turn", in_turn)
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(bench, "in_turn", out_of_memory)
+    plan = Plan((2, 1), ("float32",), ("reference",), 0.0, (1, 1))
+    rows = [row for rows in time_model("tiny", model, CPU, plan) for row in rows]
+    assert [(row["batch"], row["status"]) for row in rows] == [(2, "failed"), (1, "timed")]
+    assert "too large" in rows[0]["reason"]
 
 
 def test_a_half_type_may_stray_twice_as_far_as_the_reference_does(model, monkeypatch):
@@ -176,6 +193,25 @@ def test_a_training_step_with_other_gradients_is_not_timed(model, monkeypatch):
     assert [row["status"] for row in rows] == ["timed", "differs"]
     assert rows[0]["seconds"]["count"] == 2
     assert rows[0]["deviation"] == 0.0
+
+
+def test_training_steps_that_cannot_run_are_rows_all_the_same(model, monkeypatch):
+    build = bench_parts.Training._trainable
+
+    def broken(self, variant, network):
+        if variant == "compiled":
+            raise Exception("no such instruction")
+        return build(self, variant, network)
+
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(bench_parts.Training, "_trainable", broken)
+    monkeypatch.setattr(bench_parts, "in_turn", out_of_memory)
+    rows = list(bench_parts.time_training("tiny", model, CPU, PLAN, 2))
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert "too large" in rows[0]["reason"]
+    assert "no such instruction" in rows[1]["reason"]
 
 
 def test_the_model_is_left_as_it_was(model, monkeypatch):

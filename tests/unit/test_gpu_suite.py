@@ -99,6 +99,23 @@ def test_the_linked_package_is_the_whole_one(tmp_path):
     assert ran.stdout.strip() == str(tmp_path / "lemma_fast" / "__init__.py")
 
 
+def test_steps_that_are_modules_find_the_linked_package(tmp_path):
+    # Where nothing is installed: they run in our folder, which has a lemma_fast of its own.
+    gpu_suite.link_package(tmp_path)
+    (tmp_path / "probe.py").write_text(
+        "from importlib.util import find_spec\nprint(find_spec('lemma_fast').origin)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-S", "-m", "probe"],
+        env=gpu_suite.child_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert ran.stdout.strip() == str(tmp_path / "lemma_fast" / "__init__.py")
+
+
 def test_steps_name_what_exists_and_leave_eight_files(tmp_path):
     todo = gpu_suite.steps(tmp_path, False, "default")
     files = {"summary.json", "suite.log", "current.log"}
