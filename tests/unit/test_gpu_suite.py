@@ -99,6 +99,7 @@ def test_the_linked_package_is_the_whole_one(tmp_path):
     assert ran.stdout.strip() == str(tmp_path / "lemma_fast" / "__init__.py")
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
 def test_steps_that_are_modules_find_the_linked_package(tmp_path):
     # Where nothing is installed: they run in our folder, which has a lemma_fast of its own.
     gpu_suite.link_package(tmp_path)
