@@ -115,6 +115,7 @@ def test_a_new_stage_comes_before_the_one_that_follows_it():
     assert order("small-cpu") == ["lemma"]
     assert order("small-cpu-refine") == ["prior", "lemma"]
     assert order("small-cpu-text") == ["language", "prior", "lemma"]
+    assert order("small-cpu-longer") == ["lemma"]
     assert order("small-synthetic") == ["language", "prior", "crnn", "lemma"]
 
 
