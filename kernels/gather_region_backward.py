@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemma_fast.ops.precision import convolutions_allow_tf32
+
 # Rows whose weight gradient one program sums.
 _SHARE = 512
 
@@ -34,8 +36,7 @@ def launch(
     row = 16 if N * rows <= 8192 else 64
     out = max(16, min(64, triton.next_power_of_2(outputs)))
     summed = max(16, min(64 if dtype.itemsize == 2 else 32, triton.next_power_of_2(inputs)))
-    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    precision = "tf32" if allowed == "tf32" else "tf32x3"
+    precision = "tf32" if convolutions_allow_tf32() else "tf32x3"
     blocks = {"BLOCK_ROW": row, "BLOCK_OUT": out, "BLOCK_IN": summed, "PRECISION": precision}
     # Three products a product take more registers than four warps have for the larger block.
     blocks["num_warps"] = 8 if row == 64 and dtype.itemsize == 4 else 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -240,21 +240,36 @@ def time_model(name: str, model: LEMMA, device: torch.device, plan: Plan) -> Ite
                 if timed is not None:
                     calls[key] = timed
         clock = Clock(device, wall=batch == 1)
-        named = {"/".join(key): timed for key, timed in calls.items()}
         # At batch 1 each call waits for the last; above, samples are long enough for the clock.
-        shortest = 0.0 if batch == 1 else 0.02
-        try:
-            samples = in_turn(named, clock, plan.seconds, plan.rounds, shortest)
-        except Exception as error:  # noqa: BLE001  (the other sizes are wanted all the same)
-            for key in calls:
-                rows[key] |= failed(error)
-            calls = {}
-        for key in calls:
-            seconds = samples["/".join(key)]
-            rows[key]["seconds"] = spread(seconds)
-            if base in calls:
-                rows[key]["ratio"] = ratios(samples["/".join(base)], seconds)
+        samples = time_rows(rows, calls, clock, plan, 0.0 if batch == 1 else 0.02)
+        for key, seconds in samples.items():
+            if base in samples:
+                rows[key]["ratio"] = ratios(samples[base], seconds)
         yield list(rows.values())
+
+
+def time_rows(
+    rows: Mapping[tuple[str, str], Row],
+    calls: Mapping[tuple[str, str], Timed],
+    clock: Clock,
+    plan: Plan,
+    sample: float = 0.0,
+) -> dict[tuple[str, str], list[float]]:
+    """Time the calls in turn and write `seconds` into their rows; returns the samples.
+
+    Where that raises an error, the rows of the calls say so, and there are no samples.
+    """
+    if not calls:
+        return {}
+    try:
+        samples = in_turn(calls, clock, plan.seconds, plan.rounds, sample)
+    except Exception as error:  # noqa: BLE001  (other rows, and what comes later, are wanted)
+        for key in calls:
+            rows[key].update(failed(error))
+        return {}
+    for key, seconds in samples.items():
+        rows[key]["seconds"] = spread(seconds)
+    return samples
 
 
 def _prepare(

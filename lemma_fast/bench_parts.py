@@ -25,9 +25,10 @@ from lemma_fast.bench import (
     crops,
     failed,
     precision,
+    time_rows,
 )
 from lemma_fast.model import LEMMA
-from lemma_fast.timing import Clock, Timed, in_turn, ratios, spread
+from lemma_fast.timing import Clock, Timed, ratios, spread
 
 #: Stages by the names of their modules, in the reference and in the accelerated network.
 STAGES = {
@@ -232,7 +233,7 @@ def time_training(
     """Time a training step of every variant, in turn; ratios are within a precision."""
     training = Training(name, model, device, plan, batch)
     rows: dict[tuple[str, str], Row] = {}
-    steps: dict[str, Timed] = {}
+    steps: dict[tuple[str, str], Timed] = {}
     for kind in plan.precisions:
         for variant in plan.variants:
             # fp16 wants a scaler; and the other runtimes do not train.
@@ -240,20 +241,12 @@ def time_training(
                 continue
             rows[variant, kind], step = training.prepare(variant, kind)
             if step is not None:
-                steps[f"{variant}/{kind}"] = step
-    try:
-        samples = in_turn(steps, Clock(device, wall=False), plan.seconds, plan.rounds)
-    except Exception as error:  # noqa: BLE001  (rows of what does not train are wanted, too)
-        samples = {}
-        for row in rows.values():
-            row |= failed(error) if row["status"] == "timed" else {}
-    for (variant, kind), row in rows.items():
-        own, base = samples.get(f"{variant}/{kind}"), samples.get(f"reference/{kind}")
-        if own is not None:
-            row["seconds"] = spread(own)
-        if own is not None and base is not None:
-            row["ratio"] = ratios(base, own)
-        yield row
+                steps[variant, kind] = step
+    samples = time_rows(rows, steps, Clock(device, wall=False), plan)
+    for (variant, kind), own in samples.items():
+        if ("reference", kind) in samples:
+            rows[variant, kind]["ratio"] = ratios(samples["reference", kind], own)
+    yield from rows.values()
 
 
 def _far(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:

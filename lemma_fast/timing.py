@@ -19,12 +19,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 #: How a variant is run: a call, and what has to be set around it (not timed).
 Call = Callable[[], object]
 Setting = Callable[[], AbstractContextManager[object]]
+#: What a call is known by.
+Key = TypeVar("Key")
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime", "openvino")
 
@@ -73,12 +76,12 @@ class Clock:
 
 
 def in_turn(
-    calls: Mapping[str, Timed],
+    calls: Mapping[Key, Timed],
     clock: Clock,
     seconds: float,
     rounds: tuple[int, int] = (5, 60),
     sample: float = 0.0,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Time the calls in turn, so that what disturbs the machine disturbs all of them alike.
 
     Each is warmed up twice. There are between `rounds[0]` and `rounds[1]` rounds, and no new one
@@ -90,7 +93,7 @@ def in_turn(
         clock.measure(timed)
         once = clock.measure(timed)
         repeats[name] = max(1, math.ceil(sample / once)) if once > 0 else 1
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Key, list[float]] = {name: [] for name in calls}
     names = list(calls)
     begun = time.perf_counter()
     for number in range(rounds[1]):

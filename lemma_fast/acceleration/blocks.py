@@ -14,6 +14,7 @@ from lemma_fast.acceleration.layers import Conv, Plan, Product
 from lemma_fast.acceleration.prior import conv_norm
 from lemma_fast.blocks import AdaFM, BiGRU, Concatenation, RecurrentBlock, Upsampler
 from lemma_fast.ops import native
+from lemma_fast.ops.precision import convolutions_allow_tf32
 from lemma_fast.ops.weights import BiGRUWeights
 
 
@@ -66,20 +67,15 @@ class CompiledAdaFM(nn.Module):
     """Adaptive fusion in compiled code, which folds the batch norms itself."""
 
     def __init__(self, fusion: AdaFM, plan: Plan) -> None:
-        # The module loads the library, which not every installation has.
-        from lemma_fast.ops.adafm import allows_tf32
-
         super().__init__()
-        self.allows_tf32 = allows_tf32
         weights = [
             w.detach().to(plan.device, plan.wide).contiguous() for w in flat(fusion.weights())
         ]
         self.folded = torch.ops.lemma_fast.adafm_fold(weights, plan.dtype)
 
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
-        return torch.ops.lemma_fast.adafm_inference(
-            features, guidance, self.folded, self.allows_tf32()
-        )
+        tf32 = convolutions_allow_tf32()
+        return torch.ops.lemma_fast.adafm_inference(features, guidance, self.folded, tf32)
 
 
 class FoldedConcatenation(nn.Module):

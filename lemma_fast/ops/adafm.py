@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lemma_fast.ops import extension
+from lemma_fast.ops.precision import convolutions_allow_tf32
 from lemma_fast.ops.weights import AdaFMWeights, BranchWeights
 
 extension.load()
@@ -47,7 +48,7 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
     tensors = _flatten(weights)
     compute = _computing(features.dtype)
     plain = [tensor if tensor.dtype == compute else tensor.to(compute) for tensor in tensors]
-    tf32 = allows_tf32()
+    tf32 = convolutions_allow_tf32()
     ops = torch.ops.lemma_fast
     if not training and not (
         torch.is_grad_enabled() and any(x.requires_grad for x in (features, guidance, *plain))
@@ -61,14 +62,6 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
             torch._foreach_mul_(running, 1 - 0.1)
             torch._foreach_add_(running, [share.to(compute) for share in shares.flatten(0, 1)])
     return out
-
-
-# A compiled graph holds the answer; PyTorch compiles it again when the setting changes.
-@torch.compiler.assume_constant_result
-def allows_tf32() -> bool:
-    """Whether PyTorch lets cuDNN's convolutions, which these products stand for, use TF32."""
-    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return precision == "tf32"
 
 
 # Where `_flatten` puts each norm: its weight and bias, then its running mean and variance.

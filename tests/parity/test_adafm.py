@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lemma_fast.blocks import AdaFM
-from lemma_fast.ops import adafm, extension, fused, reference
+from lemma_fast.ops import extension, fused, reference
+from lemma_fast.ops.precision import convolutions_allow_tf32
 
 if (why := extension.missing()) is not None:
     pytest.skip(why, allow_module_level=True)
@@ -264,11 +265,11 @@ def test_nan_stays_in_its_image():
 
 
 def test_tf32_is_cudnns_choice():
-    assert not adafm.allows_tf32()
+    assert not convolutions_allow_tf32()
     torch.backends.cuda.matmul.allow_tf32 = True
-    assert not adafm.allows_tf32()
+    assert not convolutions_allow_tf32()
     torch.backends.cudnn.allow_tf32 = True
-    assert adafm.allows_tf32()
+    assert convolutions_allow_tf32()
 
 
 def test_an_empty_batch_passes():

@@ -207,7 +207,7 @@ def test_training_steps_that_cannot_run_are_rows_all_the_same(model, monkeypatch
         raise torch.OutOfMemoryError("too large")
 
     monkeypatch.setattr(bench_parts.Training, "_trainable", broken)
-    monkeypatch.setattr(bench_parts, "in_turn", out_of_memory)
+    monkeypatch.setattr(bench, "in_turn", out_of_memory)
     rows = list(bench_parts.time_training("tiny", model, CPU, PLAN, 2))
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert "too large" in rows[0]["reason"]

@@ -79,6 +79,19 @@ def test_a_long_log_keeps_its_beginning_and_its_end(tmp_path):
     assert len(log) < gpu_suite.HEAD + gpu_suite.TAIL + 1000
 
 
+def printed(folder, cwd, *arguments):
+    """What Python prints with the environment of a step, whose package is linked in `folder`."""
+    ran = subprocess.run(
+        [sys.executable, *arguments],
+        env=gpu_suite.child_environment(folder),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=cwd,
+    )
+    return ran.stdout.strip()
+
+
 def test_the_linked_package_is_the_whole_one(tmp_path):
     # A file that the build adds later has to be seen by the next step.
     gpu_suite.link_package(tmp_path)
@@ -88,15 +101,8 @@ def test_the_linked_package_is_the_whole_one(tmp_path):
         "import lemma_fast.kernels, lemma_fast.training, lemma_fast.ops.reference, lemma_fast\n"
         "print(lemma_fast.__file__)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        env=gpu_suite.child_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    assert ran.stdout.strip() == str(tmp_path / "lemma_fast" / "__init__.py")
+    found = printed(tmp_path, tmp_path, "-c", code)
+    assert found == str(tmp_path / "lemma_fast" / "__init__.py")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
@@ -106,15 +112,8 @@ def test_steps_that_are_modules_find_the_linked_package(tmp_path):
     (tmp_path / "probe.py").write_text(
         "from importlib.util import find_spec\nprint(find_spec('lemma_fast').origin)\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-S", "-m", "probe"],
-        env=gpu_suite.child_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    assert ran.stdout.strip() == str(tmp_path / "lemma_fast" / "__init__.py")
+    found = printed(tmp_path, ROOT, "-S", "-m", "probe")
+    assert found == str(tmp_path / "lemma_fast" / "__init__.py")
 
 
 def test_steps_name_what_exists_and_leave_eight_files(tmp_path):

@@ -84,9 +84,12 @@ RULES = {
     "lemma_fast.ops": Rule((), ("torch",)),
     "lemma_fast.ops.weights": Rule((), ("torch",)),
     "lemma_fast.ops.philox": Rule((), ("torch",)),
+    "lemma_fast.ops.precision": Rule((), ("torch",)),
     "lemma_fast.ops.reference": Rule((WEIGHTS, "lemma_fast.ops.philox"), ("torch",)),
     "lemma_fast.ops.extension": Rule((), ("torch",)),
-    "lemma_fast.ops.adafm": Rule((WEIGHTS, "lemma_fast.ops.extension"), ("torch",)),
+    "lemma_fast.ops.adafm": Rule(
+        (WEIGHTS, "lemma_fast.ops.extension", "lemma_fast.ops.precision"), ("torch",)
+    ),
     "lemma_fast.ops.fused": Rule(
         (WEIGHTS, "lemma_fast.ops.adafm", "lemma_fast.kernels.*"), ("torch",)
     ),
@@ -98,6 +101,9 @@ RULES = {
     # An operation of several hundred lines has its backward pass in a file beside it.
     "lemma_fast.kernels.gather_region": Rule(
         ("lemma_fast.kernels.gather_region_backward",), ("torch", "triton")
+    ),
+    "lemma_fast.kernels.gather_region_backward": Rule(
+        ("lemma_fast.ops.precision",), ("torch", "triton")
     ),
     "lemma_fast.kernels.sparse_cross_attention*": Rule(
         (WEIGHTS, "lemma_fast.kernels.sparse_cross_attention_*"), ("torch", "triton")
@@ -144,6 +150,7 @@ RULES = {
             "lemma_fast.ops.extension",
             "lemma_fast.ops.native",
             "lemma_fast.ops.adafm",
+            "lemma_fast.ops.precision",
             "lemma_fast.acceleration.*",
         ),
         ("torch",),
