@@ -35,11 +35,12 @@ format: $(VENV)/.tools  ## mend what `make lint` can mend
 	$(BIN)/ruff format .
 
 # The folder map exists only in an installed package, so that is what mypy reads.
-types: $(VENV)/.tools  ## check the types of the installed wheel
+types: $(VENV)/.tools  ## check types and imports of the installed wheel
 	@rm -rf build/lib* build/bdist* build/wheel build/installed
 	$(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(PIP_INSTALL) -qq --no-deps --no-compile --target build/installed build/wheel/*.whl
 	MYPYPATH=build/installed $(BIN)/mypy -p lemma_fast
+	cd build/installed && $(abspath $(BIN))/lint-imports ../../pyproject.toml
 
 bench: $(VENV)/.tools  ## time the operations and the model
 	$(BIN)/python -m pytest benchmarks --benchmark-only \

@@ -12,7 +12,7 @@ import pytest
 import torch
 from op_timing import BATCHES, DIRECTIONS, IMPLEMENTATIONS, synchronised
 
-from lemma_fast.blocks import AdaFM
+from lemma_fast.model.blocks import AdaFM
 from lemma_fast.ops import extension, fused, reference
 
 C, H, W = 64, 16, 64

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lemma_fast import LEMMA, LemmaConfig
-from lemma_fast.bench import (
+from lemma_fast.bench.stages import TRAINABLE, Training
+from lemma_fast.bench.timing import device_name
+from lemma_fast.bench.variants import (
     SAME_LENGTHS,
     TOLERANCE,
     VARIANTS,
@@ -22,8 +24,6 @@ from lemma_fast.bench import (
     deviation,
     precision,
 )
-from lemma_fast.bench_parts import TRAINABLE, Training
-from lemma_fast.timing import device_name
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 PLAN = default_plan(DEVICE)

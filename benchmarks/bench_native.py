@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lemma_fast.ops import extension, native, reference
+from lemma_fast.ops import cpu, extension, reference
 from lemma_fast.ops.weights import BiGRUWeights
 
 pytestmark = [
-    pytest.mark.skipif(not native.available(), reason=str(extension.missing())),
+    pytest.mark.skipif(not cpu.available(), reason=str(extension.missing())),
     pytest.mark.parametrize("threads", sorted({1, torch.get_num_threads()})),
     pytest.mark.parametrize("N", [1, 16]),
 ]
@@ -53,10 +53,10 @@ def bench_bigru(benchmark, implementation, axis, N, threads):
     module = torch.nn.GRU(channels, hidden, bidirectional=True)
     weights = BiGRUWeights(*(weight.detach() for weight in module.parameters()))
     features = torch.randn(N, channels, 16, 64).to(memory_format=LAST)
-    packed = native.pack_bigru(weights)
+    packed = cpu.pack_bigru(weights)
     calls = {
         "torch": lambda: reference.bigru(features, axis, weights),
-        "native": lambda: native.bigru_packed(features, axis, packed, hidden),
+        "native": lambda: cpu.bigru_packed(features, axis, packed, hidden),
     }
     expected = reference.bigru(features, axis, weights)
     flops = 2 * N * 16 * 64 * 2 * 3 * hidden * (channels + hidden)
@@ -84,10 +84,10 @@ def bench_winograd(benchmark, implementation, channels, N, threads):
                 [], "",
             )  # fmt: skip
     else:
-        packed = native.pack_winograd(weight, int(implementation[-1]))
+        packed = cpu.pack_winograd(weight, int(implementation[-1]))
 
         def call() -> Tensor:
-            return native.winograd(features, packed, bias, residual, "relu")
+            return cpu.winograd(features, packed, bias, residual, "relu")
 
     plain = F.conv2d(features, weight, bias, padding=1)
     flops = 2 * features.numel() * channels * 9
@@ -102,12 +102,12 @@ def bench_shuffle_project(benchmark, implementation, N, threads):
     def by_torch(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.tanh(F.conv2d(F.pixel_shuffle(features, 2), weight, bias, padding=4))
 
-    order = native.shuffled_channels(256)
+    order = cpu.shuffled_channels(256)
     ordered = features[:, order].contiguous(memory_format=LAST)
-    packed = native.pack_projection(weight)
+    packed = cpu.pack_projection(weight)
     calls = {
         "torch": lambda: by_torch(features, weight, bias),
-        "native": lambda: native.shuffle_project(ordered, packed, bias, True),
+        "native": lambda: cpu.shuffle_project(ordered, packed, bias, True),
     }
     expected = by_torch(features, weight, bias)
     flops = 2 * N * 32 * 128 * 64 * 4 * 81

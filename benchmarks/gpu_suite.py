@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a timing step does: arguments of `lemma_fast.bench_run.run`, as plain values."""
+    """What a timing step does: arguments of `lemma_fast.bench.run.run`, as plain values."""
 
     output: str
     networks: tuple[str, ...] = ("base", "small")
@@ -280,8 +280,8 @@ def bench(values: dict[str, Any]) -> int:
     """Time what a `Bench` says; 1 where something that is there differs or fails."""
     import torch
 
-    from lemma_fast.bench import Plan
-    from lemma_fast.bench_run import random_network, run
+    from lemma_fast.bench.run import random_network, run
+    from lemma_fast.bench.variants import Plan
 
     given = Bench(**values)
     batches, precisions, variants = map(tuple, (given.batches, given.precisions, given.variants))
@@ -299,8 +299,8 @@ def profile(which: str) -> int:
     import torch
     from torch.profiler import ProfilerActivity
 
-    from lemma_fast.bench import Unavailable, Variants, crops, precision
-    from lemma_fast.bench_run import random_network
+    from lemma_fast.bench.run import random_network
+    from lemma_fast.bench.variants import Unavailable, Variants, crops, precision
 
     cuda = torch.cuda.is_available()
     device, kind = torch.device("cuda" if cuda else "cpu"), "bfloat16" if cuda else "float32"

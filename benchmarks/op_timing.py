@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lemma_fast.bench.timing import Rates, bytes_per_second, flops_per_second
 from lemma_fast.ops import fused, reference
-from lemma_fast.timing import Rates, bytes_per_second, flops_per_second
 
 BATCHES = (1, 8, 64, 256)
 IMPLEMENTATIONS = ("reference", "compiled", "fused")

@@ -7,8 +7,7 @@ if TYPE_CHECKING:
     from lemma_fast.acceleration import accelerate
     from lemma_fast.checkpoint import CheckpointError, load
     from lemma_fast.config import LemmaConfig, PriorConfig
-    from lemma_fast.model import LEMMA
-    from lemma_fast.recognizer import Prior
+    from lemma_fast.model import LEMMA, Prior
     from lemma_fast.upscale import Upscaled, Upscaler
 
 __version__ = "0.1.0"
@@ -22,7 +21,7 @@ _HOMES = {
     "LEMMA": "model",
     "CheckpointError": "checkpoint",
     "LemmaConfig": "config",
-    "Prior": "recognizer",
+    "Prior": "model",
     "PriorConfig": "config",
     "Upscaled": "upscale",
     "Upscaler": "upscale",

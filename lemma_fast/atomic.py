@@ -22,3 +22,9 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         # Gone already where all went well.
         partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file, all or nothing."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from published_network import GAINS as PRIOR_GAINS
 
-from lemma_fast.rectify import edge_points
+from lemma_fast.model.rectify import edge_points
 
 DATA = Path(__file__).parent / "golden" / "data" / "recognizers"
 

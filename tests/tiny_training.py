@@ -4,8 +4,8 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw
 
-from lemma_fast.training.lmdb_io import PairWriter, encode_png
-from lemma_fast.training.settings import Settings, choose
+from lemma_fast.training.data.lmdb import PairWriter, encode_png
+from lemma_fast.training.settings.schema import Settings, choose
 
 WORDS = ("see", "dark", "Plan", "GEYSER", "r2d2", "don't", "saturday", "AA")
 _PRIOR = {

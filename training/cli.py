@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional, cast
 import typer
 
 if TYPE_CHECKING:
-    from lemma_fast.training.settings import Settings
+    from lemma_fast.training.settings.schema import Settings
 
 app = typer.Typer(help="Train, evaluate and make data.", no_args_is_help=True)
 
@@ -73,8 +73,8 @@ def train(
     ] = False,
 ) -> None:
     """Train the stages of a config, one or all; goes on where it stopped."""
-    from lemma_fast.training.settings import as_yaml, choose
-    from lemma_fast.training.typed import SettingsError
+    from lemma_fast.training.settings.schema import as_yaml, choose
+    from lemma_fast.training.settings.typed import SettingsError
 
     try:
         chosen = choose(config, stage, overrides or [])
@@ -96,8 +96,8 @@ def _train(
     restart: bool,
     accept_changes: bool,
 ) -> None:
-    from lemma_fast.training.curves import leads
-    from lemma_fast.training.fit import fit
+    from lemma_fast.training.loop.curves import leads
+    from lemma_fast.training.loop.fit import fit
 
     begun = time.monotonic()
     for settings in chosen:
@@ -197,11 +197,11 @@ def evaluate(
     from rich.progress import Progress
 
     from lemma_fast.baselines import open_network
-    from lemma_fast.training import report
-    from lemma_fast.training.evaluate import Protocol, measure, open_readers
-    from lemma_fast.training.inspect import open_pairs
-    from lemma_fast.training.readings import default_folder, open_readings
-    from lemma_fast.training.summary import subset_name, summarize
+    from lemma_fast.training.data.inspect import open_pairs
+    from lemma_fast.training.evaluation import report
+    from lemma_fast.training.evaluation.evaluate import Protocol, measure, open_readers
+    from lemma_fast.training.evaluation.readings import default_folder, open_readings
+    from lemma_fast.training.evaluation.summary import subset_name, summarize
 
     if protocol not in ("corrected", "official"):
         raise typer.BadParameter(f"--protocol is corrected or official, not {protocol}")

@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lemma_fast.training.data import Skipped
-from lemma_fast.training.degrade import STRENGTHS
-from lemma_fast.training.faces import missing_packages
-from lemma_fast.training.inspect import Report, contact_sheet
-from lemma_fast.training.inspect import inspect as summarise
-from lemma_fast.training.pack import pack as pack_folder
-from lemma_fast.training.pack import unpack
-from lemma_fast.training.synthesis import Difficulty, synthesize
-from lemma_fast.training.words import Split
+from lemma_fast.training.data.inspect import Report, contact_sheet
+from lemma_fast.training.data.inspect import inspect as summarise
+from lemma_fast.training.data.pack import pack as pack_folder
+from lemma_fast.training.data.pack import unpack
+from lemma_fast.training.data.pairs import Skipped
+from lemma_fast.training.synthesis.degrade import STRENGTHS
+from lemma_fast.training.synthesis.faces import missing_packages
+from lemma_fast.training.synthesis.render import Difficulty, synthesize
+from lemma_fast.training.synthesis.words import Split
 
 app = typer.Typer(help="Make, look at and convert training data.", no_args_is_help=True)
 _out = Console()

@@ -12,15 +12,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from lemma_fast.acceleration.batches import Parts, Recordings
 from lemma_fast.acceleration.graphs import CudaRecorder
 from lemma_fast.acceleration.layers import Plan, can_pack, tensor_cores
 from lemma_fast.acceleration.network import Network
+from lemma_fast.acceleration.parts import Parts, Recordings
 from lemma_fast.checkpoint import CheckpointError, from_published
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
-from lemma_fast.ops import Operations, extension, native
-from lemma_fast.recognizer import Prior
+from lemma_fast.model.prior import Prior
+from lemma_fast.ops import Operations, cpu, extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Larger parts run no faster an image: on the CPU they leave its caches, on a GPU it is full.
@@ -282,7 +282,7 @@ def make_plan(device: torch.device, dtype: torch.dtype) -> tuple[Plan, str | Non
         return plan, "the C++ operations are for float32 on the CPU"
     why = extension.missing()
     if why is None:
-        native.load()
+        cpu.load()
         _register_fusion()
     fast = why is None
     return replace(plan, packed=can_pack(device, dtype), native=fast, compiled=fast), why

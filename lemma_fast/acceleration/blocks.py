@@ -12,8 +12,8 @@ from lemma_fast.acceleration import folding
 from lemma_fast.acceleration.folding import Affine
 from lemma_fast.acceleration.layers import Conv, Plan, Product
 from lemma_fast.acceleration.prior import conv_norm
-from lemma_fast.blocks import AdaFM, BiGRU, Concatenation, RecurrentBlock, Upsampler
-from lemma_fast.ops import native
+from lemma_fast.model.blocks import AdaFM, BiGRU, Concatenation, RecurrentBlock, Upsampler
+from lemma_fast.ops import cpu
 from lemma_fast.ops.precision import convolutions_allow_tf32
 from lemma_fast.ops.weights import BiGRUWeights
 
@@ -104,11 +104,11 @@ class FoldedBiGRU(nn.Module):
         self.hidden = weights.weight_hh.shape[1]
         self.weights = weights
         if plan.native:
-            self.packed = native.pack_bigru(weights)
+            self.packed = cpu.pack_bigru(weights)
 
     def forward(self, features: Tensor) -> Tensor:
         if self.plan.native:
-            return native.bigru_packed(features, self.axis, self.packed, self.hidden)
+            return cpu.bigru_packed(features, self.axis, self.packed, self.hidden)
         if self.plan.fused:
             from lemma_fast.ops import fused
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lemma_fast.acceleration.folding import Affine, conv, resize_matrix, stack, wide
 from lemma_fast.acceleration.layers import Conv, Heads, Plan, Product, SelfAttention, projections
 from lemma_fast.acceleration.prior import Reading
-from lemma_fast.guidance import Guidance, layer_weights
-from lemma_fast.transformer import TransformerLayer
+from lemma_fast.model.guidance import Guidance, layer_weights
+from lemma_fast.model.layers import TransformerLayer
 
 
 class Resize(nn.Module):

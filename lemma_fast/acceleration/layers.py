@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.acceleration.folding import Affine, linear, wide
-from lemma_fast.ops import native
-from lemma_fast.ops.native import Activation
-from lemma_fast.transformer import Attention, TransformerLayer
+from lemma_fast.model.layers import Attention, TransformerLayer
+from lemma_fast.ops import cpu
+from lemma_fast.ops.cpu import Activation
 
 SMALLEST_WINOGRAD = 16
 # From this many channels on, for few positions what counts is how many weights are read: those
@@ -98,9 +98,9 @@ class Conv(nn.Module):
             and min(C, D) >= SMALLEST_WINOGRAD
         )
         if self.winograd:
-            self.weight = native.pack_winograd(affine.weight)
+            self.weight = cpu.pack_winograd(affine.weight)
             if min(C, D) >= LARGE_WINOGRAD:
-                self.few = native.pack_winograd(affine.weight, tile=2)
+                self.few = cpu.pack_winograd(affine.weight, tile=2)
             return
         # oneDNN's 1x1 convolution takes fourteen times as long for one size; its product never.
         pointwise = (height, width, *self.stride) == (1, 1, 1, 1)
@@ -120,7 +120,7 @@ class Conv(nn.Module):
             weight = self.weight
             if self.few is not None and x.numel() <= FEW_POSITIONS * x.shape[1]:
                 weight = self.few
-            return native.winograd(x, weight, self.bias, add, self.activation)
+            return cpu.winograd(x, weight, self.bias, add, self.activation)
         if self.product is not None:
             assert add is None
             return self.product(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

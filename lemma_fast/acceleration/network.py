@@ -14,9 +14,9 @@ from lemma_fast.acceleration.guidance import FoldedGuidance, Resize, Sight
 from lemma_fast.acceleration.layers import Conv, Plan
 from lemma_fast.acceleration.prior import FoldedPrior, OriginalPrior
 from lemma_fast.config import LemmaConfig
-from lemma_fast.guidance import Guidance
 from lemma_fast.model import LEMMA
-from lemma_fast.recognizer import Prior, TextPrior
+from lemma_fast.model.guidance import Guidance
+from lemma_fast.model.prior import Prior, TextPrior
 
 #: `sr`, `attn_map`, `img_logits`, `text_logits`, `pt_lengths`.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

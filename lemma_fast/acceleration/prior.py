@@ -18,8 +18,8 @@ from lemma_fast.acceleration.layers import (
     SelfAttention,
     projections,
 )
-from lemma_fast.ops.native import Activation
-from lemma_fast.recognizer import (
+from lemma_fast.model.layers import TransformerLayer
+from lemma_fast.model.prior import (
     ConvNorm,
     Language,
     PositionAttention,
@@ -28,7 +28,7 @@ from lemma_fast.recognizer import (
     TextPrior,
     valid_lengths,
 )
-from lemma_fast.transformer import TransformerLayer
+from lemma_fast.ops.cpu import Activation
 
 
 class Reading(NamedTuple):

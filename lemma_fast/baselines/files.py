@@ -14,9 +14,13 @@ from safetensors import SafetensorError, safe_open
 from lemma_fast import checkpoint
 from lemma_fast.baselines.config import NOT_IMPLEMENTED, BaselineConfig, check_name, list_baselines
 from lemma_fast.baselines.networks import Baseline, build_baseline, create_baseline
+from lemma_fast.checkpoint.files import (
+    CheckpointError,
+    load_strictly,
+    read_safetensors,
+    save_weights,
+)
 from lemma_fast.model import LEMMA
-from lemma_fast.recognizers.base import load_strictly, save_weights
-from lemma_fast.weight_files import CheckpointError, read_safetensors
 
 #: `format` in the metadata of a baseline's weights.
 FORMAT = "lemma-fast baseline 1"

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.baselines.config import BaselineConfig
-from lemma_fast.blocks import BiGRU, Upsampler
 from lemma_fast.model import LEMMA
+from lemma_fast.model.blocks import BiGRU, Upsampler
+from lemma_fast.model.prior import ConvNorm, Prior
+from lemma_fast.model.rectify import Rectifier
 from lemma_fast.ops import Operations, reference
-from lemma_fast.recognizer import ConvNorm, Prior
-from lemma_fast.rectify import Rectifier
 
 
 class Baseline(nn.Module):

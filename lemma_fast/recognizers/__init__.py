@@ -13,11 +13,12 @@ from typing import Any, TypeAlias
 
 import torch
 
+from lemma_fast.checkpoint.files import CheckpointError
 from lemma_fast.config import CRNNConfig
 from lemma_fast.recognizers import abinet, aster, crnn, matrn, moran, parseq, tesseract, text_focus
 from lemma_fast.recognizers.abinet import ABINet
 from lemma_fast.recognizers.aster import ASTER
-from lemma_fast.recognizers.base import CheckpointError, Reading, Recognizer
+from lemma_fast.recognizers.base import Reading, Recognizer
 from lemma_fast.recognizers.crnn import CRNN
 from lemma_fast.recognizers.matrn import MATRN
 from lemma_fast.recognizers.moran import MORAN, MORANConfig

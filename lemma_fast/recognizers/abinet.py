@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lemma_fast.config import LemmaConfig
-from lemma_fast.recognizer import Seen
+from lemma_fast.model.prior import Seen
 from lemma_fast.recognizers import prior_reader
 from lemma_fast.recognizers.prior_reader import PriorReader
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemma_fast.checkpoint import files
+from lemma_fast.model.rectify import Localization, ThinPlateSpline
 from lemma_fast.recognizers import base, rectified
 from lemma_fast.recognizers.charset import ASTER as CHARSET
 from lemma_fast.recognizers.charset import filter_label
-from lemma_fast.rectify import Localization, ThinPlateSpline
 
 _LOCALIZATION_SIZE = (32, 64)
 _POINTS = 20
@@ -110,7 +111,7 @@ class ASTER(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that `load` opens."""
-        base.save_weights(self, path, {"recognizer": self.name})
+        files.save_weights(self, path, {"recognizer": self.name})
 
 
 def beam_search(
@@ -198,7 +199,7 @@ def _published_paths() -> dict[str, str]:
 
 def load(checkpoint: str | Path) -> ASTER:
     """Open a checkpoint of ours or the published one, on the CPU, for reading."""
-    state, _ = base.read_weights(checkpoint)
+    state, _ = files.read_weights(checkpoint)
     model = ASTER()
     model.load_published_state(state, str(checkpoint))
     return model.eval()

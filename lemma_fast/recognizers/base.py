@@ -1,34 +1,15 @@
-"""What the recognisers share: the reading they return, their input checks, their weight files."""
+"""What the recognisers share: the reading they return, and checks of their input."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lemma_fast.atomic import replacing
-from lemma_fast.weight_files import CheckpointError, check_fit, read_weights
+from lemma_fast.recognizers.charset import Charset
 
-__all__ = [
-    "CheckpointError",
-    "Reading",
-    "Recognizer",
-    "check_images",
-    "config_from_json",
-    "config_to_json",
-    "grey",
-    "load_strictly",
-    "read_weights",
-    "save_weights",
-]
-
-Config = TypeVar("Config")
+__all__ = ["Reading", "Recognizer", "check_images", "grey", "read_greedily"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,31 +48,18 @@ def grey(images: Tensor) -> Tensor:
     return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` into `model`; raise CheckpointError that names everything that does not fit."""
-    try:
-        check_fit(state, model.state_dict())
-    except CheckpointError as error:
-        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {error}") from error
-    model.load_state_dict(dict(state))
+def read_greedily(logits: Tensor, charset: Charset) -> list[Reading]:
+    """Turn `logits` [N, T, classes] into readings, each cut at its first end.
 
-
-def config_from_json(kind: type[Config], text: str) -> Config:
-    """Rebuild a configuration dataclass that was stored as JSON."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in json.loads(text).items()
-    }
-    return kind(**fields)
-
-
-def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write the model's tensors and `metadata` as safetensors, all or nothing."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with replacing(Path(path)) as partial:
-        save_file(tensors, partial, metadata=dict(metadata))
-
-
-def config_to_json(config: Any) -> str:
-    """Store a configuration dataclass as JSON."""
-    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+    The confidence is the product of the probabilities of the characters and, where there is one,
+    of the end.
+    """
+    probability, best = logits.float().softmax(-1).max(-1)
+    is_end = (best == charset.end).int()
+    past = is_end.cumsum(1) > is_end
+    confidence = probability.masked_fill(past, 1.0).prod(1)
+    readings = []
+    for row, value in zip(best.tolist(), confidence.tolist(), strict=True):
+        ids = row[: row.index(charset.end)] if charset.end in row else row
+        readings.append(Reading(charset.decode(ids), value, tuple(ids)))
+    return readings

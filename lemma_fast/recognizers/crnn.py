@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemma_fast.checkpoint import files
 from lemma_fast.config import CRNNConfig
 from lemma_fast.recognizers import base
 from lemma_fast.recognizers.charset import FOCUS, collapse_ctc
@@ -130,8 +131,8 @@ class CRNN(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that `load` opens, sizes included."""
-        metadata = {"recognizer": self.name, "config": base.config_to_json(self.config)}
-        base.save_weights(self, path, metadata)
+        metadata = {"recognizer": self.name, "config": files.config_to_json(self.config)}
+        files.save_weights(self, path, metadata)
 
 
 def load(checkpoint: str | Path, *, corrected: bool | None = None) -> CRNN:
@@ -139,12 +140,12 @@ def load(checkpoint: str | Path, *, corrected: bool | None = None) -> CRNN:
 
     `corrected` overrides what the checkpoint says about the normalisation of the input.
     """
-    state, metadata = base.read_weights(checkpoint)
+    state, metadata = files.read_weights(checkpoint)
     config = CRNNConfig()
     if metadata.get("recognizer") == CRNN.name:
-        config = base.config_from_json(CRNNConfig, metadata["config"])
+        config = files.config_from_json(CRNNConfig, metadata["config"])
     if corrected is not None:
         config = replace(config, corrected=corrected)
     model = CRNN(config)
-    base.load_strictly(model, state, str(checkpoint))
+    files.load_strictly(model, state, str(checkpoint))
     return model.eval()

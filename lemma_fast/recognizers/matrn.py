@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lemma_fast.checkpoint.published import LAYER_PARTS
 from lemma_fast.config import LemmaConfig
-from lemma_fast.published import LAYER_PARTS
-from lemma_fast.recognizer import PositionAttention, Seen
+from lemma_fast.model.layers import TransformerLayer, sinusoid
+from lemma_fast.model.prior import PositionAttention, Seen
 from lemma_fast.recognizers import prior_reader
 from lemma_fast.recognizers.prior_reader import PriorReader, prior_names
-from lemma_fast.transformer import TransformerLayer, sinusoid
 
 ROUNDS = 3
 _ENCODER_LAYERS = 2

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemma_fast.recognizer import ConvNorm
+from lemma_fast.checkpoint import files
+from lemma_fast.model.prior import ConvNorm
 from lemma_fast.recognizers import base, rectified
 from lemma_fast.recognizers.charset import MORAN as CHARSET
 from lemma_fast.recognizers.crnn import BidirectionalLSTM
@@ -194,8 +195,8 @@ class MORAN(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that `load` opens."""
-        metadata = {"recognizer": self.name, "config": base.config_to_json(self.config)}
-        base.save_weights(self, path, metadata)
+        metadata = {"recognizer": self.name, "config": files.config_to_json(self.config)}
+        files.save_weights(self, path, metadata)
 
 
 def _published_paths() -> dict[str, str]:
@@ -232,10 +233,10 @@ def load(checkpoint: str | Path, *, corrected: bool | None = None) -> MORAN:
 
     `corrected` overrides what the checkpoint says about the normalisation of the input.
     """
-    state, metadata = base.read_weights(checkpoint)
+    state, metadata = files.read_weights(checkpoint)
     config = MORANConfig()
     if metadata.get("recognizer") == MORAN.name:
-        config = base.config_from_json(MORANConfig, metadata["config"])
+        config = files.config_from_json(MORANConfig, metadata["config"])
     if corrected is not None:
         config = replace(config, corrected=corrected)
     model = MORAN(config)

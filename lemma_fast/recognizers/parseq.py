@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemma_fast.checkpoint import files
+from lemma_fast.model.layers import Attention
 from lemma_fast.recognizers import base
+from lemma_fast.recognizers.base import read_greedily
 from lemma_fast.recognizers.charset import PARSEQ
-from lemma_fast.recognizers.greedy import read_greedily
-from lemma_fast.transformer import Attention
 
 _BEGIN = 95
 #: The head predicts the end and the 94 characters; begin and padding are input alone.
@@ -270,16 +271,16 @@ class PARSeq(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that `load` opens, sizes included."""
-        metadata = {"recognizer": self.name, "config": base.config_to_json(self.config)}
-        base.save_weights(self, path, metadata)
+        metadata = {"recognizer": self.name, "config": files.config_to_json(self.config)}
+        files.save_weights(self, path, metadata)
 
 
 def load(checkpoint: str | Path) -> PARSeq:
     """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
-    state, metadata = base.read_weights(checkpoint)
+    state, metadata = files.read_weights(checkpoint)
     config = PARSeqConfig()
     if metadata.get("recognizer") == PARSeq.name:
-        config = base.config_from_json(PARSeqConfig, metadata["config"])
+        config = files.config_from_json(PARSeqConfig, metadata["config"])
     model = PARSeq(config)
-    base.load_strictly(model, state, str(checkpoint))
+    files.load_strictly(model, state, str(checkpoint))
     return model.eval()

@@ -15,12 +15,13 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lemma_fast.checkpoint import files
+from lemma_fast.checkpoint.published import name_map, published_name
 from lemma_fast.config import LemmaConfig
-from lemma_fast.published import name_map, published_name
-from lemma_fast.recognizer import TextPrior
+from lemma_fast.model.prior import TextPrior
 from lemma_fast.recognizers import base
+from lemma_fast.recognizers.base import read_greedily
 from lemma_fast.recognizers.charset import PRIOR
-from lemma_fast.recognizers.greedy import read_greedily
 
 # The published language part stores its one table twice.
 _TABLE, _SAME_TABLE = "language.pos_encoder.pe", "language.token_encoder.pe"
@@ -93,12 +94,12 @@ class PriorReader(nn.Module, ABC):
             for key, value in state.items()
             if key != _SAME_TABLE
         }
-        base.load_strictly(self, renamed, source)
+        files.load_strictly(self, renamed, source)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that `load` opens, sizes included."""
         metadata = {"recognizer": self.name, "config": json.dumps(self.config.to_dict())}
-        base.save_weights(self, path, metadata)
+        files.save_weights(self, path, metadata)
 
 
 Reader = TypeVar("Reader", bound=PriorReader)
@@ -106,10 +107,10 @@ Reader = TypeVar("Reader", bound=PriorReader)
 
 def load(kind: type[Reader], checkpoint: str | Path) -> Reader:
     """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
-    state, metadata = base.read_weights(checkpoint)
+    state, metadata = files.read_weights(checkpoint)
     if metadata.get("recognizer") == kind.name:
         model = kind(LemmaConfig.from_dict(json.loads(metadata["config"])))
-        base.load_strictly(model, state, str(checkpoint))
+        files.load_strictly(model, state, str(checkpoint))
     else:
         model = kind()
         model.load_published_state(state, str(checkpoint))

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemma_fast.recognizer import ConvNorm
-from lemma_fast.recognizers import base
+from lemma_fast.checkpoint import files
+from lemma_fast.model.prior import ConvNorm
 
 SIZE = (32, 100)
 """Height and width of the straightened crop."""
@@ -137,4 +137,4 @@ def load_published(
     for name, value in model.state_dict().items():
         if name.endswith(".num_batches_tracked"):
             renamed.setdefault(name, torch.zeros_like(value))
-    base.load_strictly(model, renamed, source)
+    files.load_strictly(model, renamed, source)

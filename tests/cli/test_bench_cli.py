@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_network import tiny_config
 
-from lemma_fast import LEMMA, bench, checkpoint
+from lemma_fast import LEMMA, checkpoint
+from lemma_fast.bench import variants as bench
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from PIL import Image
 from tiny_network import tiny_config
 from torch import nn
 
-from lemma_fast import LEMMA, LemmaConfig, checkpoint, export, images
+from lemma_fast import LEMMA, LemmaConfig, checkpoint, images
+from lemma_fast import onnx as exporter
 from lemma_fast.ops import reference
 
 onnx = pytest.importorskip("onnx")
@@ -26,14 +27,16 @@ def small(tmp_path_factory):
     torch.manual_seed(0)
     model = LEMMA(LemmaConfig.small()).eval()
     path = tmp_path_factory.mktemp("export") / "small.onnx"
-    written = export.export_onnx(model, path, optimize=False)
+    written = exporter.export_onnx(model, path, optimize=False)
     assert written.grus == 6
     return model, path
 
 
 def results(path, lr):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return dict(zip(export.OUTPUTS, session.run(export.OUTPUTS, {"lr": lr.numpy()}), strict=True))
+    return dict(
+        zip(exporter.OUTPUTS, session.run(exporter.OUTPUTS, {"lr": lr.numpy()}), strict=True)
+    )
 
 
 @pytest.mark.slow
@@ -64,12 +67,12 @@ def test_file_is_valid_and_has_a_gru_node_for_each_recurrence(small):
     stored = {entry.key: entry.value for entry in proto.metadata_props}
     assert LemmaConfig.from_dict(json.loads(stored["lemma_fast_config"])) == model.config
     # Nothing tells on whose machine it was made.
-    assert str(Path(export.__file__).parent).encode() not in path.read_bytes()
+    assert str(Path(exporter.__file__).parent).encode() not in path.read_bytes()
 
 
 class Selects(nn.Module):
     def forward(self, h_attn, lengths):
-        return export.compress_select(h_attn, lengths, 100, (8, 32))
+        return exporter.compress_select(h_attn, lengths, 100, (8, 32))
 
 
 def test_ties_go_to_the_lower_position(tmp_path):
@@ -78,7 +81,7 @@ def test_ties_go_to_the_lower_position(tmp_path):
     h_attn[1] = 0.5
     lengths = torch.tensor([2, 5, 4])
     path = tmp_path / "ties.onnx"
-    with export._quiet():
+    with exporter._quiet():
         torch.onnx.export(
             Selects(), (h_attn, lengths), path, dynamo=True, input_names=["h", "n"], verbose=False
         )
@@ -102,21 +105,21 @@ def test_command_writes_an_ablation_and_nothing_that_is_wrong(run, tmp_path, mon
     assert "checked in ONNX Runtime: at most" in ran.out.decode()
 
     proto = onnx.load(path)
-    monkeypatch.setattr(export, "_translate", lambda *_: proto)
-    assert export.export_onnx(model, path).deviations.keys() == set(export.OUTPUTS)
+    monkeypatch.setattr(exporter, "_translate", lambda *_: proto)
+    assert exporter.export_onnx(model, path).deviations.keys() == set(exporter.OUTPUTS)
     assert model.training
     with torch.no_grad():
         model.upsampler.project.bias.add_(0.1)
     path.unlink()
-    with pytest.raises(export.ExportError, match="not the reference's: sr by"):
-        export.export_onnx(model, path)
+    with pytest.raises(exporter.ExportError, match="not the reference's: sr by"):
+        exporter.export_onnx(model, path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.safetensors"]
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(export.ExportError, match=r"needs onnxscript.*lemma-fast\[onnx\]"):
-        export.export_onnx(LEMMA(tiny_config()), tmp_path / "x.onnx")
+    monkeypatch.setattr(exporter, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(exporter.ExportError, match=r"needs onnxscript.*lemma-fast\[onnx\]"):
+        exporter.export_onnx(LEMMA(tiny_config()), tmp_path / "x.onnx")
 
 
 def test_command_refuses_before_it_loads_anything(run, tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ from lemma_fast.recognizers import (
     TextFocus,
     TextFocusConfig,
 )
-from lemma_fast.training.data import TextZoomDataset
-from lemma_fast.training.settings import choose
+from lemma_fast.training.data.pairs import TextZoomDataset
+from lemma_fast.training.settings.schema import choose
 
 # Networks this small only lose by more.
 pytestmark = pytest.mark.usefixtures("one_thread")

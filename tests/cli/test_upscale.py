@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lemma_fast import stream
+from lemma_fast.cli import stream
 
 pytestmark = pytest.mark.usefixtures("echo")
 

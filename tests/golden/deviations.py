@@ -16,8 +16,8 @@ import test_train
 import torch
 from published_network import filled_state, golden, images, largest_deviation
 
+from lemma_fast.bench.timing import environment
 from lemma_fast.checkpoint import from_published, to_published
-from lemma_fast.timing import environment
 
 EVALUATIONS = ("eval_seed1", "eval_seed2")
 TRAINING = "train_f64_seed1"

@@ -9,9 +9,9 @@ import torch
 from recognizer_fill import DATA, images, key_rng, published_state
 
 from lemma_fast.recognizers import TextFocus
-from lemma_fast.recognizers.charset import encode_focus_labels, encode_prior_labels
-from lemma_fast.training.confusion import confusion_weights
-from lemma_fast.training.losses import LemmaLoss, LossTerms
+from lemma_fast.training.data.labels import encode_focus_labels, encode_prior_labels
+from lemma_fast.training.losses.confusion import confusion_weights
+from lemma_fast.training.losses.lemma import LemmaLoss, LossTerms
 
 NOISE = json.loads((DATA / "noise.json").read_text())["text_focus"]
 LABELS = ["classics", "hokkaido", "a", "42nd"]

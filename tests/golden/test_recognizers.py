@@ -7,10 +7,10 @@ import pytest
 import torch
 from recognizer_fill import DATA, images, published_state, published_table
 
+from lemma_fast.checkpoint.files import load_strictly
 from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
-from lemma_fast.recognizers.base import load_strictly
-from lemma_fast.recognizers.charset import encode_focus_labels
-from lemma_fast.recognizers.text_focus_names import UNUSED
+from lemma_fast.recognizers.text_focus import UNUSED
+from lemma_fast.training.data.labels import encode_focus_labels
 
 NOISE = json.loads((DATA / "noise.json").read_text())
 LABELS = ["classics", "hokkaido", "a", "42nd"]

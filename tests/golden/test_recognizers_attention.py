@@ -21,8 +21,8 @@ from lemma_fast.recognizers import (
     list_recognizers,
     load_recognizer,
 )
+from lemma_fast.recognizers.base import read_greedily
 from lemma_fast.recognizers.charset import PARSEQ, PRIOR
-from lemma_fast.recognizers.greedy import read_greedily
 
 NOISE = json.loads((DATA / "noise.json").read_text())
 KINDS = {"abinet": ABINet, "matrn": MATRN, "parseq": PARSeq}

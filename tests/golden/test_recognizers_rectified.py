@@ -9,10 +9,10 @@ import torch
 from recognizer_fill import DATA, images, published_state, published_table
 from torch import Tensor
 
+from lemma_fast.model.rectify import ThinPlateSpline
 from lemma_fast.recognizers import ASTER, MORAN, MORANConfig, list_recognizers, load_recognizer
 from lemma_fast.recognizers.aster import beam_search
 from lemma_fast.recognizers.rectified import AttentionDecoder
-from lemma_fast.rectify import ThinPlateSpline
 
 NOISE = json.loads((DATA / "noise.json").read_text())
 KINDS = {"aster": ASTER, "moran": MORAN}

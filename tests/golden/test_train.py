@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lemma_fast import LEMMA, LemmaConfig, PriorConfig
 from lemma_fast.checkpoint import from_published, to_published
-from lemma_fast.published import name_map, published_name
+from lemma_fast.checkpoint.published import name_map, published_name
 
 RUNS = ["train_f64_seed1", "train_prioreval_seed1"]
 TOLERANCE = {

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lemma_fast.blocks import AdaFM
+from lemma_fast.model.blocks import AdaFM
 from lemma_fast.ops import extension, fused, reference
 from lemma_fast.ops.precision import convolutions_allow_tf32
 

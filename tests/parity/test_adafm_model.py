@@ -8,8 +8,8 @@ from published_network import filled_state, golden, images
 from torch import nn
 
 from lemma_fast import LEMMA, LemmaConfig
-from lemma_fast.blocks import AdaFM
 from lemma_fast.checkpoint import from_published
+from lemma_fast.model.blocks import AdaFM
 from lemma_fast.ops import extension, fused, reference
 
 if (why := extension.missing()) is not None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from lemma_fast import LEMMA, LemmaConfig
 from lemma_fast.config import PriorConfig
-from lemma_fast.ops import extension, native, reference
+from lemma_fast.ops import cpu, extension, reference
 from lemma_fast.ops.weights import BiGRUWeights
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=str(extension.missing()))
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(extension.missing()))
 
 LAST = torch.channels_last
 DRAWN = settings(max_examples=25, deadline=None, derandomize=True)
@@ -29,8 +29,8 @@ def _without_gradients():
 @pytest.fixture(params=[0, 4, 8, 16], ids=["best", "plain", "avx2", "avx512"])
 def lanes(request):
     """Floats in a vector, as the operations' last argument; 0 is what they choose themselves."""
-    native.load()
-    weights = native.pack_bigru(gru(1, 16))
+    cpu.load()
+    weights = cpu.pack_bigru(gru(1, 16))
     try:
         torch.ops.lemma_fast.bigru_cpu(torch.zeros(0, 1, 1, 1), weights, 16, 2, request.param)
     except RuntimeError as refusal:
@@ -53,7 +53,7 @@ def exact_bigru(features: torch.Tensor, axis: int, weights: BiGRUWeights) -> tor
 
 def test_one_face():
     for name in reference.__all__:
-        of_native, of_reference = getattr(native, name), getattr(reference, name)
+        of_native, of_reference = getattr(cpu, name), getattr(reference, name)
         assert inspect.signature(of_native) == inspect.signature(of_reference)
 
 
@@ -64,7 +64,7 @@ def test_one_face():
 def test_bigru_at_the_models_sizes(lanes, axis):
     weights = gru(64, 32)
     features = (2 * torch.randn(2, 64, 16, 64)).to(memory_format=LAST)
-    packed = native.pack_bigru(weights)
+    packed = cpu.pack_bigru(weights)
     got = torch.ops.lemma_fast.bigru_cpu(features, packed, 32, axis, lanes)
     assert_close(got, exact_bigru(features, axis, weights), FORWARD)
 
@@ -84,11 +84,11 @@ def test_bigru_of_drawn_shapes(N, C, hidden, lines, steps, axis, wide):
     size = (steps, lines) if axis == 2 else (lines, steps)
     features = torch.randn(N, C, *size)
     if N > 0:
-        packed = native.pack_bigru(weights)
+        packed = cpu.pack_bigru(weights)
         got = torch.ops.lemma_fast.bigru_cpu(features, packed, hidden, axis, 0 if wide else 4)
         assert_close(got, exact_bigru(features, axis, weights), FORWARD)
     else:
-        assert native.bigru(features, axis, weights).shape == (0, 2 * hidden, *size)
+        assert cpu.bigru(features, axis, weights).shape == (0, 2 * hidden, *size)
 
 
 def test_bigru_keeps_the_layout():
@@ -104,7 +104,7 @@ def test_bigru_keeps_the_layout():
         (view, torch.contiguous_format),
         (mirrored, torch.contiguous_format),
     ):
-        got = native.bigru(given_features, 3, weights)
+        got = cpu.bigru(given_features, 3, weights)
         assert_close(got, expected, FORWARD)
         assert got.is_contiguous(memory_format=layout)
 
@@ -113,7 +113,7 @@ def test_bigru_saturates_as_the_reference(lanes):
     weights = gru(8, 16)
     features = torch.randn(2, 8, 3, 5) * torch.tensor([1e2, 1e4])[:, None, None, None]
     features[0, 0, 0, 0], features[1, 1, 1, 1] = float("inf"), -float("inf")
-    packed = native.pack_bigru(weights)
+    packed = cpu.pack_bigru(weights)
     got = torch.ops.lemma_fast.bigru_cpu(features, packed, 16, 2, lanes)
     torch.testing.assert_close(got, exact_bigru(features, 2, weights), equal_nan=True)
 
@@ -123,7 +123,7 @@ def test_bigru_confines_nan_to_its_sequence(lanes, axis):
     weights = gru(8, 16)
     features = torch.randn(2, 8, 7, 9)
     features[1, 3, 4, 5] = float("nan")
-    packed = native.pack_bigru(weights)
+    packed = cpu.pack_bigru(weights)
     got = torch.ops.lemma_fast.bigru_cpu(features, packed, 16, axis, lanes)
     expected = reference.bigru(features, axis, weights)
     assert expected.isnan().sum() > 0
@@ -138,7 +138,7 @@ def test_bigru_does_not_depend_on_threads():
         # With many threads, tiles are narrower.
         for threads in (1, 2, 16):
             torch.set_num_threads(threads)
-            results.append(native.bigru(features, 2, weights))
+            results.append(cpu.bigru(features, 2, weights))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -147,24 +147,24 @@ def test_bigru_does_not_depend_on_threads():
 
 def test_bigru_refuses_what_it_cannot_take():
     weights, features = gru(8, 16), torch.randn(1, 8, 2, 3)
-    packed = native.pack_bigru(weights)
+    packed = cpu.pack_bigru(weights)
     with pytest.raises(RuntimeError, match="axis is 1; 2 runs along the height"):
-        native.bigru(features, 1, weights)
+        cpu.bigru(features, 1, weights)
     with pytest.raises(RuntimeError, match="fp32"):
-        native.bigru(features.double(), 2, weights)
+        cpu.bigru(features.double(), 2, weights)
     with pytest.raises(RuntimeError, match="they have 3 dimensions"):
-        native.bigru(features[0], 2, weights)
+        cpu.bigru(features[0], 2, weights)
     for wrong in (features[:, :7], torch.randn(1, 9, 2, 3)):
         with pytest.raises(RuntimeError, match="is not what [79] channels and 16 hidden units"):
-            native.bigru_packed(wrong, 2, packed, 16)
+            cpu.bigru_packed(wrong, 2, packed, 16)
     with pytest.raises(RuntimeError, match="8 channels and 0 hidden|hidden is 0"):
-        native.bigru_packed(features, 2, packed, 0)
+        cpu.bigru_packed(features, 2, packed, 0)
     with pytest.raises(RuntimeError, match="no vectors of 5 floats"):
         torch.ops.lemma_fast.bigru_cpu(features, packed, 16, 2, 5)
     with pytest.raises(ValueError, match=r"bias_hh_reverse is \(47,\), it must be \(48,\)"):
-        native.pack_bigru(weights._replace(bias_hh_reverse=weights.bias_hh_reverse[1:]))
+        cpu.pack_bigru(weights._replace(bias_hh_reverse=weights.bias_hh_reverse[1:]))
     with torch.enable_grad(), pytest.raises(RuntimeError, match="has no gradient"):
-        native.bigru(features.clone().requires_grad_(), 2, weights)
+        cpu.bigru(features.clone().requires_grad_(), 2, weights)
 
 
 # Winograd's convolution
@@ -182,7 +182,7 @@ def test_winograd_on_every_vector(lanes, activation, tile):
     features, residual = torch.randn(2, 24, 8, 11), torch.randn(2, 17, 8, 11)
     weight, bias = torch.randn(17, 24, 3, 3) / 15, torch.randn(17)
     code = {"none": 0, "relu": 1, "mish": 2}[activation]
-    packed = native.pack_winograd(weight, tile)
+    packed = cpu.pack_winograd(weight, tile)
     got = torch.ops.lemma_fast.winograd_cpu(features, packed, bias, residual, code, lanes)
     assert_close(got, exact_convolution(features, weight, bias, residual, activation), FORWARD)
     assert got.is_contiguous(memory_format=LAST)
@@ -205,7 +205,7 @@ def test_winograd_of_drawn_shapes(N, C, D, H, W, tile, activation, last, added):
     features = features.to(memory_format=LAST) if last else features
     weight, bias = torch.randn(D, C, 3, 3) / 15, torch.randn(D)
     residual = torch.randn(N, D, H, W) if added else None
-    got = native.winograd(features, native.pack_winograd(weight, tile), bias, residual, activation)
+    got = cpu.winograd(features, cpu.pack_winograd(weight, tile), bias, residual, activation)
     assert_close(got, exact_convolution(features, weight, bias, residual, activation), FORWARD)
 
 
@@ -214,41 +214,41 @@ def test_winograd_of_many_images_and_channels(tile):
     """So many that they are taken in several groups, the last one smaller."""
     features = torch.randn(11, 128, 8, 32)
     weight, bias = torch.randn(128, 128, 3, 3) / 34, torch.randn(128)
-    got = native.winograd(features, native.pack_winograd(weight, tile), bias)
+    got = cpu.winograd(features, cpu.pack_winograd(weight, tile), bias)
     assert_close(got, exact_convolution(features, weight, bias), FORWARD)
 
 
 def test_winograd_takes_views_and_empty_batches():
     features = torch.randn(2, 40, 9, 9)[:, ::2, 1:7, 2:]
     weight, bias = torch.randn(16, 20, 3, 3) / 13, torch.randn(16)
-    packed = native.pack_winograd(weight)
+    packed = cpu.pack_winograd(weight)
     assert_close(
-        native.winograd(features, packed, bias), exact_convolution(features, weight, bias), FORWARD
+        cpu.winograd(features, packed, bias), exact_convolution(features, weight, bias), FORWARD
     )
     for shape in ((0, 20, 4, 4), (2, 20, 0, 4)):
-        got = native.winograd(torch.zeros(shape), packed, bias)
+        got = cpu.winograd(torch.zeros(shape), packed, bias)
         assert got.shape == (shape[0], 16, *shape[2:])
 
 
 def test_winograd_confines_nan_to_its_image():
     features = torch.randn(3, 16, 8, 8)
     features[1, 2, 3, 4] = float("nan")
-    packed = native.pack_winograd(torch.randn(16, 16, 3, 3))
+    packed = cpu.pack_winograd(torch.randn(16, 16, 3, 3))
     for activation in ("none", "relu", "mish"):
-        got = native.winograd(features, packed, torch.zeros(16), None, activation)
+        got = cpu.winograd(features, packed, torch.zeros(16), None, activation)
         assert got[1].isnan().any()
         assert got[[0, 2]].isfinite().all()
 
 
 def test_winograd_refuses_what_it_cannot_take():
     features, bias = torch.randn(1, 16, 4, 4), torch.zeros(16)
-    packed = native.pack_winograd(torch.randn(16, 16, 3, 3))
+    packed = cpu.pack_winograd(torch.randn(16, 16, 3, 3))
     with pytest.raises(ValueError, match=r"not \[D, C, 3, 3\]"):
-        native.pack_winograd(torch.randn(16, 16, 1, 3))
+        cpu.pack_winograd(torch.randn(16, 16, 1, 3))
     with pytest.raises(ValueError, match="tile is 3"):
-        native.pack_winograd(torch.randn(16, 16, 3, 3), 3)
+        cpu.pack_winograd(torch.randn(16, 16, 3, 3), 3)
     with pytest.raises(ValueError, match="activation is 'gelu'"):
-        native.winograd(features, packed, bias, None, "gelu")
+        cpu.winograd(features, packed, bias, None, "gelu")
     for wrong, message in (
         ((features.half(), packed, bias), "fp32"),
         ((features[0], packed, bias), "they have 3 dimensions"),
@@ -259,9 +259,9 @@ def test_winograd_refuses_what_it_cannot_take():
         ((features[:, :15], packed[:, :15].contiguous(), bias), "16 channels or more"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            native.winograd(*wrong)
+            cpu.winograd(*wrong)
     with torch.enable_grad(), pytest.raises(RuntimeError, match="has no gradient"):
-        native.winograd(features, packed, bias.clone().requires_grad_())
+        cpu.winograd(features, packed, bias.clone().requires_grad_())
 
 
 # PixelShuffle and the last convolution
@@ -287,8 +287,8 @@ def exact_projection(features, weight, bias, squash):
 def test_shuffle_project(lanes, N, C, D, H, W, kernel, squash):
     features = torch.randn(N, 4 * C, H, W)
     weight, bias = torch.randn(D, C, kernel, kernel) / (kernel * C**0.5), torch.randn(D)
-    ordered = features[:, native.shuffled_channels(4 * C)].to(memory_format=LAST)
-    packed = native.pack_projection(weight)
+    ordered = features[:, cpu.shuffled_channels(4 * C)].to(memory_format=LAST)
+    packed = cpu.pack_projection(weight)
     got = torch.ops.lemma_fast.shuffle_project_cpu(ordered, packed, bias, squash, lanes)
     assert got.shape == (N, D, 2 * H, 2 * W)
     if N > 0:
@@ -297,10 +297,10 @@ def test_shuffle_project(lanes, N, C, D, H, W, kernel, squash):
 
 def test_shuffle_project_refuses_what_it_cannot_take():
     features, bias = torch.randn(1, 64, 2, 2), torch.zeros(4)
-    packed = native.pack_projection(torch.randn(4, 16, 3, 3))
+    packed = cpu.pack_projection(torch.randn(4, 16, 3, 3))
     for shape in ((4, 16, 2, 2), (4, 16, 3, 5), (4, 16, 3)):
         with pytest.raises(ValueError, match="with an odd k"):
-            native.pack_projection(torch.randn(shape))
+            cpu.pack_projection(torch.randn(shape))
     for wrong, message in (
         ((features.double(), packed, bias), "fp32"),
         ((features[0], packed, bias), "they have 3 dimensions"),
@@ -309,29 +309,29 @@ def test_shuffle_project_refuses_what_it_cannot_take():
         ((features, packed, torch.zeros(5)), "the bias holds 5 numbers"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            native.shuffle_project(*wrong)
+            cpu.shuffle_project(*wrong)
     with torch.enable_grad(), pytest.raises(RuntimeError, match="has no gradient"):
-        native.shuffle_project(features.clone().requires_grad_(), packed, bias)
+        cpu.shuffle_project(features.clone().requires_grad_(), packed, bias)
 
 
 # All of them
 
 
 def test_registration():
-    native.load()
+    cpu.load()
     checks = ("test_schema", "test_faketensor")
     for last in (False, True):
         features = torch.randn(2, 64, 4, 6)
         features = features.to(memory_format=LAST) if last else features
         for operation, arguments in (
-            (torch.ops.lemma_fast.bigru_cpu, (native.pack_bigru(gru(64, 16)), 16, 3)),
+            (torch.ops.lemma_fast.bigru_cpu, (cpu.pack_bigru(gru(64, 16)), 16, 3)),
             (
                 torch.ops.lemma_fast.winograd_cpu,
-                (native.pack_winograd(torch.randn(20, 64, 3, 3)), torch.zeros(20)),
+                (cpu.pack_winograd(torch.randn(20, 64, 3, 3)), torch.zeros(20)),
             ),
             (
                 torch.ops.lemma_fast.shuffle_project_cpu,
-                (native.pack_projection(torch.randn(3, 16, 5, 5)), torch.zeros(3), True),
+                (cpu.pack_projection(torch.randn(3, 16, 5, 5)), torch.zeros(3), True),
             ),
         ):
             torch.library.opcheck(operation.default, (features, *arguments), test_utils=checks)
@@ -339,11 +339,11 @@ def test_registration():
 
 def test_compiles_without_a_break():
     weights = gru(16, 8)
-    packed, bias = native.pack_winograd(torch.randn(16, 16, 3, 3)), torch.zeros(16)
-    gru_packed = native.pack_bigru(weights)
+    packed, bias = cpu.pack_winograd(torch.randn(16, 16, 3, 3)), torch.zeros(16)
+    gru_packed = cpu.pack_bigru(weights)
 
     def network(x):
-        return native.bigru_packed(native.winograd(x, packed, bias, x, "mish"), 3, gru_packed, 8)
+        return cpu.bigru_packed(cpu.winograd(x, packed, bias, x, "mish"), 3, gru_packed, 8)
 
     features = torch.randn(2, 16, 4, 6)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
@@ -360,7 +360,7 @@ def test_a_network_takes_the_table():
         ),
     )
     model = LEMMA(config).eval()
-    fast = LEMMA(config, ops=native).eval()
+    fast = LEMMA(config, ops=cpu).eval()
     fast.load_state_dict(model.state_dict())
     image = torch.rand(2, 4, 16, 64)
     assert_close(fast(image)[0], model(image)[0], FORWARD)

@@ -21,13 +21,15 @@ from lemma_fast.baselines import (
     save_baseline,
     super_resolve,
 )
-from lemma_fast.training import curves, report
-from lemma_fast.training.batches import EncodedCrops, split
 from lemma_fast.training.cli import app
-from lemma_fast.training.data import TextZoomDataset
-from lemma_fast.training.evaluate import measure, open_readers
-from lemma_fast.training.fit import fit
-from lemma_fast.training.restoration import BaselineStage, gradient_profile, gradient_profile_loss
+from lemma_fast.training.data.batches import EncodedCrops, split
+from lemma_fast.training.data.pairs import TextZoomDataset
+from lemma_fast.training.evaluation import report
+from lemma_fast.training.evaluation.evaluate import measure, open_readers
+from lemma_fast.training.loop import curves
+from lemma_fast.training.loop.fit import fit
+from lemma_fast.training.loop.restoration import BaselineStage
+from lemma_fast.training.losses.lemma import gradient_profile, gradient_profile_loss
 
 SMALL = {
     "bicubic": {},

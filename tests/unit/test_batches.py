@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lemma_fast.acceleration.batches import Parts, Recordings, bucket
+from lemma_fast.acceleration.parts import Parts, Recordings, bucket
 
 
 def images(count):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny_network import tiny_config
 
-from lemma_fast import LEMMA, LemmaConfig, bench, bench_parts
-from lemma_fast.bench import Plan, Unavailable, Variants, count_work, precision, time_model
-from lemma_fast.bench_run import as_line, run
-from lemma_fast.timing import Clock, Rates, Timed, environment, in_turn, ratios, spread
+from lemma_fast import LEMMA, LemmaConfig
+from lemma_fast.bench import stages as bench_parts
+from lemma_fast.bench import variants as bench
+from lemma_fast.bench.run import as_line, run
+from lemma_fast.bench.timing import Clock, Rates, Timed, environment, in_turn, ratios, spread
+from lemma_fast.bench.variants import Plan, Unavailable, Variants, count_work, precision, time_model
 
 CPU = torch.device("cpu")
 PLAN = Plan((1, 2), ("float32",), ("reference", "compiled"), seconds=0.0, rounds=(2, 2))
@@ -227,7 +229,7 @@ def test_what_was_timed_is_kept_when_a_run_is_cut(model, monkeypatch, tmp_path):
         yield from list(time_model(*arguments))[:1]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lemma_fast.bench_run.time_model", cut)
+    monkeypatch.setattr("lemma_fast.bench.run.time_model", cut)
     plan = Plan((1, 2), ("float32",), ("reference",), 0.0, (1, 1))
     said = []
     with pytest.raises(KeyboardInterrupt):

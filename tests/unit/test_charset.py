@@ -3,12 +3,11 @@
 import pytest
 
 from lemma_fast.recognizers import charset
-from lemma_fast.recognizers.charset import (
-    collapse_ctc,
+from lemma_fast.recognizers.charset import collapse_ctc, filter_label
+from lemma_fast.training.data.labels import (
     encode_ctc_labels,
     encode_focus_labels,
     encode_prior_labels,
-    filter_label,
 )
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lemma_fast
-from lemma_fast import LEMMA, CheckpointError, LemmaConfig, checkpoint, weight_files
-from lemma_fast.published import name_map, published_name
+from lemma_fast import LEMMA, CheckpointError, LemmaConfig, checkpoint
+from lemma_fast.checkpoint import files as weight_files
+from lemma_fast.checkpoint.published import name_map, published_name
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 TINY = replace(LemmaConfig.small(), num_blocks=1, rectification=True)
@@ -287,7 +288,7 @@ def test_a_failed_write_leaves_nothing(
         Path(path).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fill_the_disk)
+    monkeypatch.setattr("lemma_fast.checkpoint.lemma.save_file", fill_the_disk)
     with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot be written \(no space"):
         checkpoint.save(model, tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -13,16 +13,16 @@ from tiny_training import write_config
 import lemma_fast
 from lemma_fast import LEMMA, CheckpointError, LemmaConfig, Upscaler, checkpoint
 from lemma_fast.config import CRNNConfig
-from lemma_fast.crnn_prior import CRNNPrior, step_maps
+from lemma_fast.model.crnn_prior import CRNNPrior, step_maps
 from lemma_fast.recognizers import CRNN
-from lemma_fast.training.batches import Batch, EncodedCrops, split
-from lemma_fast.training.evaluate import PriorReader
-from lemma_fast.training.fit import fit
-from lemma_fast.training.losses import crnn_ctc_loss
-from lemma_fast.training.restoration import LemmaStage
-from lemma_fast.training.settings import Settings, choose
-from lemma_fast.training.stages import PriorStage
-from lemma_fast.training.typed import SettingsError
+from lemma_fast.training.data.batches import Batch, EncodedCrops, split
+from lemma_fast.training.evaluation.evaluate import PriorReader
+from lemma_fast.training.loop.fit import fit
+from lemma_fast.training.loop.restoration import LemmaStage
+from lemma_fast.training.loop.stages import PriorStage
+from lemma_fast.training.losses.lemma import crnn_ctc_loss
+from lemma_fast.training.settings.schema import Settings, choose
+from lemma_fast.training.settings.typed import SettingsError
 
 SIZES = CRNNConfig((4, 4, 4, 4, 8, 8, 8), hidden=8, corrected=True)
 TINY = replace(LemmaConfig.small(), num_blocks=1, text_prior="crnn", crnn=SIZES)

@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from lemma_fast.images import network_input
-from lemma_fast.training import data, lmdb_io
 from lemma_fast.training.cli_data import app
-from lemma_fast.training.data import BenchmarkDataset, FolderDataset, TextZoomDataset
-from lemma_fast.training.inspect import contact_sheet, inspect
-from lemma_fast.training.lmdb_io import PairWriter, RecordError, Records
-from lemma_fast.training.pack import pack, unpack
+from lemma_fast.training.data import lmdb as lmdb_io
+from lemma_fast.training.data import pairs
+from lemma_fast.training.data.inspect import contact_sheet, inspect
+from lemma_fast.training.data.lmdb import PairWriter, RecordError, Records
+from lemma_fast.training.data.pack import pack, unpack
+from lemma_fast.training.data.pairs import BenchmarkDataset, FolderDataset, TextZoomDataset
 
 _SIZES = [(70, 21), (128, 32), (33, 40)]
 
@@ -88,7 +89,7 @@ def test_the_mask_is_the_models_own_bit_for_bit():
         np.full((16, 64, 3), 77, np.uint8),
         rng.integers(120, 122, (16, 64, 3), dtype=np.uint8),
     ):
-        planes = data.with_mask(torch.from_numpy(pixels).permute(2, 0, 1))
+        planes = pairs.with_mask(torch.from_numpy(pixels).permute(2, 0, 1))
         expected = torch.from_numpy(network_input(Image.fromarray(pixels), 16, 64))
         torch.testing.assert_close(planes, expected, rtol=0, atol=0)
 
@@ -239,10 +240,10 @@ def test_folders_of_single_crops_make_their_own_lr(tmp_path):
 
 def test_a_split_is_disjoint_and_repeats(textzoom):
     dataset = TextZoomDataset(*textzoom)
-    train, held = data.hold_out(dataset, 0.25, seed=4)
+    train, held = pairs.hold_out(dataset, 0.25, seed=4)
     assert len(held) == 2
     assert sorted([*train.indices, *held.indices]) == list(range(8))
-    assert data.hold_out(dataset, 0.25, seed=4)[1].indices == held.indices
+    assert pairs.hold_out(dataset, 0.25, seed=4)[1].indices == held.indices
     assert next(iter(DataLoader(held, 2))).hr.shape == (2, 4, 32, 128)
 
 

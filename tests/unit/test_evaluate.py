@@ -13,12 +13,19 @@ from tiny_training import write_config, write_set
 
 from lemma_fast import LEMMA
 from lemma_fast.recognizers import Reading
-from lemma_fast.training import report
-from lemma_fast.training.data import TextZoomDataset
-from lemma_fast.training.evaluate import PriorReader, Row, Subset, measure, open_readers, views
-from lemma_fast.training.metrics import TEXTZOOM_COUNTS, official_psnr, psnr
-from lemma_fast.training.settings import choose
-from lemma_fast.training.summary import AVERAGE, subset_name, summarize
+from lemma_fast.training.data.pairs import TextZoomDataset
+from lemma_fast.training.evaluation import report
+from lemma_fast.training.evaluation.evaluate import (
+    PriorReader,
+    Row,
+    Subset,
+    measure,
+    open_readers,
+    views,
+)
+from lemma_fast.training.evaluation.metrics import TEXTZOOM_COUNTS, official_psnr, psnr
+from lemma_fast.training.evaluation.summary import AVERAGE, subset_name, summarize
+from lemma_fast.training.settings.schema import choose
 
 # Networks this small only lose by more.
 pytestmark = pytest.mark.usefixtures("one_thread")

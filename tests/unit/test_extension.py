@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lemma_fast import doctor
+from lemma_fast.cli import doctor
 from lemma_fast.ops import extension, fused
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from tiny_training import stage_of
 
 from lemma_fast import LEMMA, LemmaConfig
-from lemma_fast.training.export import start
-from lemma_fast.training.interpolation import start_from_interpolation
-from lemma_fast.training.typed import SettingsError
+from lemma_fast.training.loop.interpolation import start_from_interpolation
+from lemma_fast.training.loop.weights import start
+from lemma_fast.training.settings.typed import SettingsError
 
 
 @pytest.mark.parametrize("training", [False, True])

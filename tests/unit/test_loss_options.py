@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from lemma_fast.recognizers import TextFocus, TextFocusConfig
-from lemma_fast.recognizers.charset import (
+from lemma_fast.training.data.labels import (
     encode_ctc_labels,
     encode_focus_labels,
     encode_prior_labels,
 )
-from lemma_fast.training.confusion import confusion_distances, confusion_weights
-from lemma_fast.training.losses import (
+from lemma_fast.training.evaluation.metrics import psnr
+from lemma_fast.training.losses.confusion import confusion_distances, confusion_weights
+from lemma_fast.training.losses.lemma import (
     LemmaLoss,
     LossWeights,
     TextFocusLoss,
@@ -24,7 +25,6 @@ from lemma_fast.training.losses import (
     fine_tune_loss,
     pixel_distance,
 )
-from lemma_fast.training.metrics import psnr
 
 LABELS = ["don't", "a"]
 

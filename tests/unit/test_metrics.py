@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from recognizer_fill import images
 
-from lemma_fast.training import metrics
-from lemma_fast.training.metrics import (
+from lemma_fast.training.evaluation import metrics
+from lemma_fast.training.evaluation.metrics import (
     TEXTZOOM_COUNTS,
     bootstrap_interval,
     edit_scores,

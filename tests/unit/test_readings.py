@@ -13,10 +13,10 @@ from tiny_training import write_set
 from torch import Tensor, nn
 
 from lemma_fast.recognizers import CRNN, CRNNConfig, Reading, Recognizer, Tesseract
-from lemma_fast.training.data import TextZoomDataset
-from lemma_fast.training.evaluate import PriorReader, Subset, measure
-from lemma_fast.training.lmdb_io import PairWriter, encode_png
-from lemma_fast.training.readings import (
+from lemma_fast.training.data.lmdb import PairWriter, encode_png
+from lemma_fast.training.data.pairs import TextZoomDataset
+from lemma_fast.training.evaluation.evaluate import PriorReader, Subset, measure
+from lemma_fast.training.evaluation.readings import (
     Readings,
     crop_keys,
     default_folder,

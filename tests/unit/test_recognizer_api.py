@@ -12,8 +12,8 @@ from lemma_fast.recognizers import (
     list_recognizers,
     load_recognizer,
 )
-from lemma_fast.recognizers.charset import encode_ctc_labels, encode_focus_labels
-from lemma_fast.training.losses import crnn_ctc_loss, text_focus_cross_entropy
+from lemma_fast.training.data.labels import encode_ctc_labels, encode_focus_labels
+from lemma_fast.training.losses.lemma import crnn_ctc_loss, text_focus_cross_entropy
 
 TINY_FOCUS = TextFocusConfig((8, 8), (8, 16), (1, 1), width=16, heads=2, hidden=32, max_length=6)
 TINY_CRNN = CRNNConfig((8, 8, 16, 16, 16, 16, 16), hidden=32, corrected=True)

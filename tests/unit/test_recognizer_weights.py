@@ -8,8 +8,8 @@ import torch
 from recognizer_fill import published_table
 from torch import Tensor
 
-from lemma_fast import CheckpointError, checkpoint, weight_files
-from lemma_fast.recognizers import base, list_recognizers, load_recognizer
+from lemma_fast import CheckpointError
+from lemma_fast.recognizers import list_recognizers, load_recognizer
 
 # Each network, the file of the published evaluation and its repository, a published name and ours.
 NETWORKS = {
@@ -95,9 +95,3 @@ def test_a_file_that_is_not_there_is_both_errors(file: str, tmp_path: Path) -> N
     assert isinstance(caught.value, CheckpointError)
     assert str(caught.value) == f"{path}: no such file"
     assert caught.value.filename == str(path)
-
-
-def test_one_module_reads_the_files_of_both() -> None:
-    assert base.read_weights is weight_files.read_weights
-    assert checkpoint.read_published is weight_files.read_published
-    assert checkpoint.CheckpointError is weight_files.CheckpointError

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lemma_fast.blocks import AdaFM, BiGRU
 from lemma_fast.config import LemmaConfig, PriorConfig
-from lemma_fast.guidance import layer_weights
+from lemma_fast.model.blocks import AdaFM, BiGRU
+from lemma_fast.model.guidance import layer_weights
+from lemma_fast.model.layers import TransformerLayer
 from lemma_fast.ops import reference
-from lemma_fast.transformer import TransformerLayer
 
 TINY = LemmaConfig(
     height=2,

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lemma_fast.training import degrade, faces, words
 from lemma_fast.training.cli_data import app
-from lemma_fast.training.lmdb_io import Records
-from lemma_fast.training.synthesis import Renderer, _face_odds, synthesize
-from lemma_fast.training.words import Vocabulary
+from lemma_fast.training.data.lmdb import Records
+from lemma_fast.training.synthesis import degrade, faces, words
+from lemma_fast.training.synthesis.render import Renderer, _face_odds, synthesize
+from lemma_fast.training.synthesis.words import Vocabulary
 
 _KEYS = ("label-%09d", "image_hr-%09d", "image_lr-%09d")
 

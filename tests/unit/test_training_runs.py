@@ -14,12 +14,12 @@ from tiny_training import READING, stage_of, write_config
 
 import lemma_fast
 from lemma_fast.recognizers import load_recognizer
-from lemma_fast.training import curves
-from lemma_fast.training.batches import EncodedCrops, split
-from lemma_fast.training.fit import AtomicCheckpoints, fit
-from lemma_fast.training.restoration import LemmaStage
-from lemma_fast.training.settings import choose
-from lemma_fast.training.typed import SettingsError
+from lemma_fast.training.data.batches import EncodedCrops, split
+from lemma_fast.training.loop import curves
+from lemma_fast.training.loop.fit import AtomicCheckpoints, fit
+from lemma_fast.training.loop.restoration import LemmaStage
+from lemma_fast.training.settings.schema import choose
+from lemma_fast.training.settings.typed import SettingsError
 
 # Sums come out the same in every process only if they are split the same way.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,8 +76,8 @@ def _begin_again(whole, tmp_path):
 _KILLED = """
 import os, signal, sys, torch
 from lightning.pytorch.callbacks import Callback
-from lemma_fast.training.fit import fit
-from lemma_fast.training.settings import choose
+from lemma_fast.training.loop.fit import fit
+from lemma_fast.training.settings.schema import choose
 
 class Killer(Callback):
     def on_train_batch_end(self, trainer, *_):

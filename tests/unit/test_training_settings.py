@@ -6,10 +6,10 @@ import pytest
 from tiny_training import stage_of, write_baselines, write_config
 
 import lemma_fast
-from lemma_fast.training import settings
-from lemma_fast.training.config_files import packaged
-from lemma_fast.training.settings import OptimizerSettings, Settings, choose
-from lemma_fast.training.typed import SettingsError
+from lemma_fast.training.settings import schema as settings
+from lemma_fast.training.settings.config_files import packaged
+from lemma_fast.training.settings.schema import OptimizerSettings, Settings, choose
+from lemma_fast.training.settings.typed import SettingsError
 
 
 @pytest.mark.parametrize(

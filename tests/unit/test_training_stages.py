@@ -9,19 +9,19 @@ from tiny_training import READING, stage_of, write_config
 
 import lemma_fast
 from lemma_fast import LEMMA, checkpoint
-from lemma_fast.ops import extension, fused, native, reference
-from lemma_fast.recognizers.charset import encode_prior_labels
-from lemma_fast.training import export
-from lemma_fast.training.batches import EncodedCrops
-from lemma_fast.training.data import TextZoomDataset
-from lemma_fast.training.fit import fit
-from lemma_fast.training.losses import IGNORED, without_padding
-from lemma_fast.training.module import rate_factor
-from lemma_fast.training.prior_terms import reading_loss, simulated_reading
-from lemma_fast.training.restoration import LemmaStage, op_table
-from lemma_fast.training.settings import OptimizerSettings
-from lemma_fast.training.stages import LanguageStage, PriorStage
-from lemma_fast.training.typed import SettingsError
+from lemma_fast.ops import cpu, extension, fused, reference
+from lemma_fast.training.data.batches import EncodedCrops
+from lemma_fast.training.data.labels import encode_prior_labels
+from lemma_fast.training.data.pairs import TextZoomDataset
+from lemma_fast.training.loop import weights
+from lemma_fast.training.loop.fit import fit
+from lemma_fast.training.loop.module import rate_factor
+from lemma_fast.training.loop.restoration import LemmaStage, op_table
+from lemma_fast.training.loop.stages import LanguageStage, PriorStage
+from lemma_fast.training.losses.lemma import IGNORED, without_padding
+from lemma_fast.training.losses.prior import reading_loss, simulated_reading
+from lemma_fast.training.settings.schema import OptimizerSettings
+from lemma_fast.training.settings.typed import SettingsError
 
 # Networks this small only lose by more.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ def test_fused_operations_that_are_missing_are_one_sentence(monkeypatch):
         op_table("fused")
 
 
-@pytest.mark.skipif(not native.available(), reason=str(extension.missing()))
+@pytest.mark.skipif(not cpu.available(), reason=str(extension.missing()))
 def test_native_operations_are_the_reference_but_for_the_fusion():
     table = op_table("native")
     assert table.adafm is fused.adafm
@@ -171,7 +171,7 @@ def test_half_storage_leaves_buffers_alone(tmp_path):
     network = LEMMA(stage_of(config, "lemma", "model.rectification=true").lemma_config())
     with torch.no_grad():
         network.stem.weight[0, 0, 0, 0] = 1 / 3
-    export.save_lemma(network, tmp_path / "half.safetensors", {"seed": "7"}, "float16")
+    weights.save_lemma(network, tmp_path / "half.safetensors", {"seed": "7"}, "float16")
     state = load_file(tmp_path / "half.safetensors")
     parameters = dict(network.named_parameters())
     for name, tensor in state.items():
@@ -185,14 +185,14 @@ def test_half_storage_leaves_buffers_alone(tmp_path):
     with torch.no_grad():
         network.stem.weight[0, 0, 0, 0] = 1e6
     with pytest.raises(ValueError, match="stem.weight does not fit"):
-        export.save_lemma(network, tmp_path / "half.safetensors", {}, "float16")
+        weights.save_lemma(network, tmp_path / "half.safetensors", {}, "float16")
 
 
 def test_a_prior_starts_a_network(tmp_path):
     config = write_config(tmp_path)
     prior = PriorStage(stage_of(config, "prior"), 1, 1).network
     (tmp_path / "run" / "prior").mkdir(parents=True)
-    export.save_prior(prior, tmp_path / "run" / "prior" / "best.safetensors", {}, "float32")
+    weights.save_prior(prior, tmp_path / "run" / "prior" / "best.safetensors", {}, "float32")
     module = LemmaStage(stage_of(config, "lemma", "start.prior=stage:prior"), 1, 1)
     torch.testing.assert_close(module.network.prior.state_dict(), prior.state_dict())
 

@@ -1,0 +1,1 @@
+"""`lemma-fast bench`: how fast the network is here, in each of its forms."""

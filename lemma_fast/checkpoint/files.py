@@ -1,0 +1,166 @@
+"""Files of named tensors, ours and published: opened without running code, checked by name.
+
+What the checkpoints of LEMMA and those of the recognisers share. Every error is a CheckpointError
+whose message begins with the file, or with what was to be filled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lemma_fast.atomic import replacing
+
+Config = TypeVar("Config")
+
+# What published files wrap their tensors in.
+_WRAPPERS = ("state_dict_G", "model", "state_dict")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the reason."""
+
+
+class CheckpointMissing(CheckpointError, FileNotFoundError):
+    """A checkpoint that is not there: also the FileNotFoundError that one expects of a file."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(f"{path}: no such file")
+        self.filename = str(path)
+
+    def __str__(self) -> str:
+        """Give the message, where an OSError would give its number too."""
+        return str(self.args[0])
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, on the CPU."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError as error:
+        raise CheckpointMissing(path) from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a `.safetensors` with its metadata, or of a `torch.save` file, which has none."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return read_published(path), {}
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `torch.save` file, out of the wrappers that published code uses."""
+    return named_tensors(path, unpickled(path))
+
+
+def unpickled(path: Path) -> object:
+    """What a `torch.save` file holds, if that is tensors and plain values only."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointMissing(path) from error
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message advises to switch this protection off.
+        raise CheckpointError(
+            f"{path}: refused, it is no checkpoint, or holds Python objects beside tensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+
+
+def named_tensors(path: Path, content: object) -> dict[str, Tensor]:
+    """The tensors in what `unpickled` returned, without wrapper and `module.` prefix."""
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
+    state = {str(name).removeprefix("module."): value for name, value in content.items()}
+    if strangers := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{path}: not all entries are tensors: {listed(strangers)}")
+    return state
+
+
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `state` has exactly the names and shapes of `expected`."""
+    problems = []
+    if missing := [name for name in expected if name not in state]:
+        problems.append(f"missing {listed(missing)}")
+    if unexpected := [name for name in state if name not in expected]:
+        problems.append(f"unexpected {listed(unexpected)}")
+    misshapen = [
+        f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if misshapen:
+        problems.append(f"misshapen {listed(misshapen)}")
+    unusable = [
+        f"{name} ({state[name].dtype}, {state[name].layout})"
+        for name, tensor in expected.items()
+        if name in state and not _usable(state[name], tensor)
+    ]
+    if unusable:
+        problems.append(f"unusable {listed(unusable)}")
+    if problems:
+        raise CheckpointError("; ".join(problems))
+
+
+def _usable(tensor: Tensor, like: Tensor) -> bool:
+    """Whether values can be copied: dense, present, and of the same kind of number."""
+    same_kind = tensor.is_floating_point() == like.is_floating_point() and not tensor.is_complex()
+    return tensor.layout == torch.strided and not tensor.is_meta and same_kind
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first ten names, and how many there are."""
+    names = list(names)
+    shown = ", ".join(names[:10])
+    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 10 else ''})"
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `model`; raise CheckpointError that names everything that does not fit."""
+    try:
+        check_fit(state, model.state_dict())
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {error}") from error
+    model.load_state_dict(dict(state))
+
+
+def config_from_json(kind: type[Config], text: str) -> Config:
+    """Rebuild a configuration dataclass that was stored as JSON."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(text).items()
+    }
+    return kind(**fields)
+
+
+def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write the model's tensors and `metadata` as safetensors, all or nothing."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with replacing(Path(path)) as partial:
+        save_file(tensors, partial, metadata=dict(metadata))
+
+
+def config_to_json(config: Any) -> str:
+    """Store a configuration dataclass as JSON."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)

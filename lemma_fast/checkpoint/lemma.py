@@ -1,0 +1,347 @@
+"""Checkpoints: ours in safetensors with config and provenance, the published ones by name.
+
+Nothing is unpickled beyond tensors (`weights_only=True`), everything is checked before a single
+weight is copied, and what does not fit is named.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lemma_fast.atomic import replacing
+from lemma_fast.checkpoint.files import (
+    CheckpointError,
+    CheckpointMissing,
+    check_fit,
+    config_from_json,
+    listed,
+    load_strictly,
+    named_tensors,
+    read_published,
+    read_safetensors,
+    read_weights,
+    unpickled,
+)
+from lemma_fast.checkpoint.published import extra_tables, infer_config, name_map, published_name
+from lemma_fast.config import CRNNConfig, LemmaConfig
+from lemma_fast.model import LEMMA
+from lemma_fast.model.prior import TextPrior
+from lemma_fast.recognizers.crnn import CRNN
+
+if TYPE_CHECKING:
+    from lemma_fast.model.crnn_prior import CRNNPrior
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointMissing",
+    "convert",
+    "digest",
+    "file_digest",
+    "from_published",
+    "is_hub_id",
+    "load",
+    "load_prior",
+    "locate",
+    "packaged",
+    "read_published",
+    "save",
+    "to_published",
+    "verify",
+]
+
+FORMAT = "lemma-fast 1"
+HUB_FILE = "model.safetensors"
+CONFIG_KEY = "lemma_fast_config"
+
+
+def packaged() -> dict[str, Path]:
+    """Names and files of the weights that came with this installation; may be empty."""
+    folder = Path(str(resources.files("lemma_fast"))) / "weights"
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
+    """Load a network in evaluation mode.
+
+    `source` is a packaged name ("small"), a `.safetensors` of ours, a published `.pth`, a folder
+    written by `save_pretrained`, or a Hugging Face Hub id ("owner/name"). Raises CheckpointError.
+    """
+    path = locate(source)
+    if path.suffix == ".safetensors":
+        model = _load_ours(path)
+    else:
+        try:
+            content = unpickled(path)
+            model = from_published(named_tensors(path, content), _carried_config(content))
+        except ValueError as error:
+            raise CheckpointError(_prefixed(path, error)) from error
+    return model.to(device).eval()
+
+
+def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:
+    """Write `model` as safetensors with its config, a digest of its tensors, and `provenance`.
+
+    Raises CheckpointError where the file cannot be written; nothing is left behind then.
+    """
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(model.config.to_dict()),
+        "sha256": digest(state),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **(provenance or {}),
+    }
+    with _complete(Path(path)) as partial:
+        save_file(state, partial, metadata)
+
+
+def verify(path: str | Path) -> str:
+    """Check a safetensors file of ours against the digest it carries; returns the digest."""
+    path = Path(path)
+    state, metadata = read_safetensors(path)
+    return _check_digest(path, state, metadata)
+
+
+def convert(source: str | Path, target: str | Path) -> None:
+    """Turn a published checkpoint (.pth, .pt) into ours (.safetensors), or the other way.
+
+    The direction follows the suffix of `target`. Raises CheckpointError.
+    """
+    source, target = locate(source), Path(target)
+    model = load(source)
+    if target.suffix == ".safetensors":
+        origin = {"source": source.name, "source_sha256": file_digest(source)}
+        save(model, target, origin)
+    elif target.suffix in (".pth", ".pt"):
+        # Shapes do not tell everything, heads for one.
+        published = {"state_dict_G": to_published(model), CONFIG_KEY: model.config.to_dict()}
+        with _complete(target) as partial:
+            torch.save(published, partial)
+    else:
+        raise CheckpointError(
+            f"{target}: the name must end in .safetensors (ours) or .pth (published form)"
+        )
+
+
+def to_published(model: LEMMA) -> dict[str, Tensor]:
+    """The model's tensors under the published names and in their shapes.
+
+    Raises CheckpointError where a switch of the config made a module that was never published.
+    """
+    names = name_map(model.config)
+    state = model.state_dict()
+    if nameless := [name for name in state if published_name(name, names) is None]:
+        raise CheckpointError(f"the published network has no place for {listed(nameless)}")
+    renamed = {published_name(name, names) or name: tensor for name, tensor in state.items()}
+    # Their position tables are [length, 1, width].
+    published = {n: t[:, None] if n.endswith(".pe") else t for n, t in renamed.items()}
+    return published | extra_tables(state, model.config)
+
+
+def from_published(state: Mapping[str, Tensor], config: LemmaConfig | None = None) -> LEMMA:
+    """Build a network from tensors under published names, with or without a `module.` prefix.
+
+    `config` is inferred from the shapes where it is not given. Raises CheckpointError that names
+    missing, unexpected or misshapen tensors, before anything is copied.
+    """
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if config is None:
+        try:
+            config = infer_config(state)
+        except ValueError as error:
+            raise CheckpointError(f"not a published LEMMA checkpoint: {error}") from error
+    model = LEMMA(config)
+    model.load_state_dict(_from_published_names(state, model, ""))
+    return model.eval()
+
+
+def _from_published_names(
+    state: Mapping[str, Tensor], model: LEMMA, prefix: str | tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Our names for `state`, which must be exactly what the model publishes under `prefix`."""
+    names = name_map(model.config)
+    expected = {n: t for n, t in to_published(model).items() if n.startswith(prefix)}
+    check_fit(state, expected)
+    first, second = (f"position_prior.language.{n}_encoder.pe" for n in ("pos", "token"))
+    if first in state and not torch.equal(state[first], state[second]):
+        raise CheckpointError(f"{first} and {second} differ: the network here has one table")
+    return {
+        name: state[theirs][:, 0] if theirs.endswith(".pe") else state[theirs]
+        for name in model.state_dict()
+        if (theirs := published_name(name, names)) is not None and theirs in state
+    }
+
+
+def load_prior(model: LEMMA, *paths: str | Path) -> None:
+    """Load published ABINet checkpoints (vision, language, or both in one file) into the prior.
+
+    Where that is a CRNN, load one CRNN checkpoint, published or of ours. Nothing is copied unless
+    every file fits. Raises CheckpointError.
+    """
+    if not isinstance(model.prior, TextPrior):
+        _load_crnn(model.prior, *paths)
+        return
+    found: dict[str, Tensor] = {}
+    for path in map(Path, paths):
+        state, _ = read_weights(path)
+        state = {f"position_prior.{_prior_part(name, state)}": t for name, t in state.items()}
+        # A full ABINet also has a fusion step, which the prior leaves out.
+        state = {n: t for n, t in state.items() if not n.startswith("position_prior.alignment.")}
+        parts = sorted({name.split(".")[1] for name in state}) or ["vision"]
+        prefixes = tuple(f"position_prior.{part}." for part in parts)
+        try:
+            found |= _from_published_names(state, model, prefixes)
+        except CheckpointError as error:
+            raise CheckpointError(_prefixed(path, error)) from error
+    model.load_state_dict(model.state_dict() | found)
+
+
+def _load_crnn(prior: CRNNPrior, *paths: str | Path) -> None:
+    if len(paths) != 1:
+        raise CheckpointError(f"a CRNN is one file, not {len(paths)}")
+    state, metadata = read_weights(paths[0])
+    if metadata.get("recognizer") == CRNN.name:
+        theirs = config_from_json(CRNNConfig, metadata["config"])
+        if theirs != prior.config.crnn:
+            raise CheckpointError(
+                f"{paths[0]}: a CRNN of other sizes: {theirs}; model.crnn is {prior.config.crnn}"
+            )
+    load_strictly(prior.network, state, str(paths[0]))
+
+
+def _prior_part(name: str, state: Mapping[str, Tensor]) -> str:
+    if name.split(".")[0] in ("vision", "language", "alignment"):
+        return name
+    return f"vision.{name}" if "backbone.resnet.conv1.weight" in state else f"language.{name}"
+
+
+def _carried_config(content: object) -> LemmaConfig | None:
+    """The config that `convert` writes beside the published tensors."""
+    if not isinstance(content, Mapping) or CONFIG_KEY not in content:
+        return None
+    return LemmaConfig.from_dict(content[CONFIG_KEY])
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def locate(source: str | Path, **hub_options: Any) -> Path:
+    """A local file for `source`; downloads from the Hub only where nothing local has the name.
+
+    `hub_options` are those of `huggingface_hub.hf_hub_download` (revision, token, ...).
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / HUB_FILE
+    if path.is_file():
+        return path
+    name = str(source)
+    if name in packaged():
+        return packaged()[name]
+    if is_hub_id(name):
+        return _download(name, hub_options)
+    if _is_file_name(path):
+        raise CheckpointMissing(path)
+    if not packaged():
+        raise CheckpointError(
+            f"no weights named {name!r}: this version packages none; pass a file (a published "
+            "LEMMA .pth, or a .safetensors that `lemma-fast convert` made) or a Hugging Face id"
+        )
+    raise CheckpointError(f"no weights named {name!r}: packaged are {', '.join(packaged())}")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `locate` asks the Hub for `source`: "owner/name", and nothing local is called so."""
+    path = Path(source)
+    return source.count("/") == 1 and not _is_file_name(path) and not path.exists()
+
+
+def _is_file_name(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".pth", ".pt") or path.is_absolute()
+
+
+def _download(name: str, options: Mapping[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, HUB_FILE, **options))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{name}: not a local file, and the Hub says: {reason}") from error
+
+
+def _load_ours(path: Path) -> LEMMA:
+    state, metadata = read_safetensors(path)
+    try:
+        if metadata.get("format", FORMAT) != FORMAT:
+            raise CheckpointError(f"its format is {metadata['format']!r}, not {FORMAT!r}")
+        if "config" in metadata:
+            config = LemmaConfig.from_dict(json.loads(metadata["config"]))
+        elif any(name.startswith("guidanceGen.") for name in state):
+            return from_published(state)
+        else:
+            raise CheckpointError("it carries no config: it was not written by lemma-fast")
+        _check_digest(path, state, metadata)
+        model = LEMMA(config)
+        check_fit(state, model.state_dict())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(_prefixed(path, error)) from error
+    model.load_state_dict(state)
+    return model
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` at the end and is removed on failure."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {path.parent}")
+    try:
+        with replacing(path) as partial:
+            yield partial
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+
+
+def _check_digest(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    actual = digest(state)
+    if metadata.get("sha256") != actual:
+        raise CheckpointError(
+            f"{path}: damaged, its tensors have SHA-256 {actual}, it says {metadata.get('sha256')}"
+        )
+    return actual
+
+
+def _prefixed(path: Path, error: Exception) -> str:
+    message = str(error)
+    return message if message.startswith(str(path)) else f"{path}: {message}"

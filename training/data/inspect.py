@@ -1,0 +1,118 @@
+"""What is in a data set: counts, sizes, labels, damage, the level of bicubic, a contact sheet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lemma_fast.training.data.lmdb import RecordError, Records
+from lemma_fast.training.data.pairs import (
+    HR_SIZE,
+    BenchmarkDataset,
+    FolderDataset,
+    PairDataset,
+    Skipped,
+    TextZoomDataset,
+)
+
+_TILE = (2 * HR_SIZE[1] + 12, HR_SIZE[0] + 22)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The summary of a set; sizes are counted as stored, before resizing."""
+
+    path: str
+    crops: int
+    skipped: list[Skipped]
+    hr_sizes: dict[str, int]
+    lr_sizes: dict[str, int]
+    label_lengths: dict[int, int]
+    letters: str
+    bicubic_psnr: float | None
+    recipe: dict[str, object] | None
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def open_pairs(path: str | Path) -> PairDataset:
+    """An LMDB of pairs or of single crops, or a folder with a table of labels: what lies there."""
+    path = Path(path)
+    if not (path.is_file() or (path / "data.mdb").is_file()):
+        return FolderDataset(path)
+    if Records(path).get(b"image-%09d" % 1) is not None:
+        return BenchmarkDataset(path, largest=None)
+    return TextZoomDataset(path)
+
+
+def inspect(path: str | Path, limit: int | None = None) -> Report:
+    """Read every record (or the first `limit`) and sum up; damage is listed, not raised."""
+    dataset = open_pairs(path)
+    skipped = list(dataset.skipped)
+    hr_sizes: Counter[str] = Counter()
+    lr_sizes: Counter[str] = Counter()
+    lengths: Counter[int] = Counter()
+    letters: set[str] = set()
+    psnr: list[float] = []
+    for index in range(min(len(dataset), limit) if limit is not None else len(dataset)):
+        try:
+            pair = dataset.pair(index)
+            hr, lr, _ = dataset.stored(index)
+        except RecordError as wrong:
+            skipped.append(Skipped(dataset.record_id(index), str(wrong)))
+            continue
+        hr_sizes[_size(hr)] += 1
+        lr_sizes[_size(lr) if lr is not None else "made of hr"] += 1
+        lengths[len(pair.label)] += 1
+        letters.update(pair.label)
+        up = np.asarray(_doubled(pair.lr), np.float64)
+        error = float(np.mean((up - pair.hr) ** 2))
+        psnr.append(10 * float(np.log10(255**2 / max(error, 1e-12))))
+    recipe = Records(path).recipe() if isinstance(dataset, TextZoomDataset) else None
+    return Report(
+        path=str(path),
+        crops=sum(lengths.values()),
+        skipped=skipped,
+        hr_sizes=dict(hr_sizes.most_common()),
+        lr_sizes=dict(lr_sizes.most_common()),
+        label_lengths=dict(sorted(lengths.items())),
+        letters="".join(sorted(letters)),
+        bicubic_psnr=float(np.mean(psnr)) if psnr else None,
+        recipe=recipe,
+    )
+
+
+def contact_sheet(path: str | Path, crops: int = 60, columns: int = 4) -> Image.Image:
+    """Crops spread evenly over the set: bicubic beside high resolution, the label below."""
+    dataset = open_pairs(path)
+    if len(dataset) == 0:
+        raise ValueError(f"{path} has no crop to show")
+    places = np.unique(np.linspace(0, len(dataset) - 1, min(crops, len(dataset))).astype(int))
+    rows = -(-len(places) // columns)
+    sheet = Image.new("RGB", (columns * _TILE[0], rows * _TILE[1]), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    for number, place in enumerate(places):
+        left, top = (number % columns) * _TILE[0] + 4, (number // columns) * _TILE[1] + 4
+        try:
+            pair = dataset.pair(int(place))
+        except RecordError:
+            draw.text((left, top), f"damaged: {dataset.record_id(int(place))}", (200, 0, 0), font)
+            continue
+        sheet.paste(_doubled(pair.lr), (left, top))
+        sheet.paste(Image.fromarray(pair.hr), (left + HR_SIZE[1] + 4, top))
+        draw.text((left, top + HR_SIZE[0] + 1), pair.label, (0, 0, 0), font)
+    return sheet
+
+
+def _doubled(lr: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Image.Image:
+    return Image.fromarray(lr).resize((HR_SIZE[1], HR_SIZE[0]), Image.Resampling.BICUBIC)
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"

@@ -1,0 +1,1 @@
+"""Evaluation: image metrics, recognisers, intervals and tables."""

@@ -1,0 +1,267 @@
+"""What `lemma-fast evaluate` writes: a table, JSON, Markdown, a contact sheet, a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from torch import Tensor
+
+from lemma_fast.atomic import replace_file
+from lemma_fast.baselines import Baseline, device_of
+from lemma_fast.compare import overlay
+from lemma_fast.model import LEMMA
+from lemma_fast.model.prior import Prior
+from lemma_fast.recognizers import Recognizer
+from lemma_fast.training.data.pairs import HR_SIZE, PairDataset
+from lemma_fast.training.evaluation.evaluate import ROWS, Subset, views
+from lemma_fast.training.evaluation.summary import AVERAGE, Summary, Value
+
+_FACTOR = 2
+_PANEL = (_FACTOR * HR_SIZE[1], _FACTOR * HR_SIZE[0])
+_GAP, _LINE, _HEAD = 8, 13, 150
+
+
+def note(summary: Summary) -> str:
+    """One sentence on how the numbers came about."""
+    if summary.protocol == "official":
+        how = (
+            "Published protocol: images unclamped, PSNR and SSIM by batch (they depend on the "
+            "batch size), accuracy rounded before averaging"
+        )
+    else:
+        how = "Images clamped and judged one by one, 95 % intervals by bootstrap over crops"
+    skipped = sum(summary.skipped.values())
+    damaged = f"; {skipped} damaged records left out" if skipped else ""
+    return f"{how}; average weighted by {summary.weighting}{damaged}."
+
+
+def cell(column: str, value: Value | None, interval: bool = True, signed: bool = False) -> str:
+    """A number with its interval; accuracy and CER in per cent."""
+    if value is None or math.isnan(value.mean):
+        return "-"
+    factor = 100.0 if column.endswith(("accuracy", "CER")) else 1.0
+    digits = 1 if factor == 100 else {"PSNR": 2, "SSIM": 4}.get(column, 3)
+    sign = "+" if signed else ""
+    text = f"{factor * value.mean:{sign}.{digits}f}"
+    if value.low is None or value.high is None or not interval:
+        return text
+    return f"{text} [{factor * value.low:{sign}.{digits}f}, {factor * value.high:{sign}.{digits}f}]"
+
+
+def heading(column: str) -> str:
+    """A column's name with its unit."""
+    unit = "dB" if column == "PSNR" else "%" if column.endswith(("accuracy", "CER")) else ""
+    return f"{column} {unit}".strip()
+
+
+def lines(summary: Summary, intervals: bool = True) -> list[list[str]]:
+    """The table as texts, a line for each subset and row."""
+    found = []
+    for name, rows in summary.table.items():
+        size = sum(summary.crops.values()) if name == AVERAGE else summary.crops[name]
+        for row in ROWS:
+            cells = [cell(c, rows[row].get(c), intervals) for c in summary.columns]
+            found.append([f"{name} ({size})" if row == ROWS[0] else "", row, *cells])
+        gain = summary.gain[name]
+        cells = [cell(c, gain.get(c), intervals, signed=True) for c in summary.columns]
+        found.append(["", "SR - bicubic", *cells])
+    return found
+
+
+def terminal(summary: Summary, console: Console) -> Table:
+    """The table for a terminal; where it is too narrow for intervals, without them."""
+    table = _table(summary, intervals=True)
+    endless = console.options.update(max_width=10_000)
+    if Measurement.get(console, endless, table).maximum > console.width:
+        table = _table(summary, intervals=False)
+    return table
+
+
+def _table(summary: Summary, intervals: bool) -> Table:
+    words = note(summary)
+    if not intervals and summary.protocol == "corrected":
+        words += " The terminal is too narrow for the intervals: -o writes them."
+    table = Table(caption=words, caption_justify="left")
+    for title in ("set (crops)", "row", *map(heading, summary.columns)):
+        # Headings may be broken to fit, rows and numbers not.
+        name = title in ("set (crops)", "row")
+        table.add_column(title.replace(" ", "\n", 1), no_wrap=intervals or name)
+    for line in lines(summary, intervals):
+        if line[0]:
+            table.add_section()
+        table.add_row(*line)
+    return table
+
+
+def markdown(summary: Summary, about: Mapping[str, Any]) -> str:
+    """The table and what was measured."""
+    titles = ["set (crops)", "row", *map(heading, summary.columns)]
+    text = ["# Evaluation", ""]
+    text += [f"- {name}: {value}" for name, value in about.items()]
+    text += ["", note(summary), ""]
+    text += [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    text += [f"| {' | '.join(line)} |" for line in lines(summary)]
+    return "\n".join(text) + "\n"
+
+
+def as_json(summary: Summary, about: Mapping[str, Any]) -> str:
+    """Everything that was measured, fractions as fractions; numbers that are none are null."""
+
+    def plain(value: Value) -> dict[str, float | None]:
+        return {
+            name: number if number is not None and math.isfinite(number) else None
+            for name, number in value._asdict().items()
+        }
+
+    def rows(found: Mapping[str, Value]) -> dict[str, Any]:
+        return {column: plain(value) for column, value in found.items()}
+
+    content = {
+        **about,
+        "protocol": summary.protocol,
+        "weighting": summary.weighting,
+        "crops": summary.crops,
+        "skipped": summary.skipped,
+        "results": {
+            name: {row: rows(found) for row, found in table.items()}
+            for name, table in summary.table.items()
+        },
+        "gain_over_bicubic": {name: rows(found) for name, found in summary.gain.items()},
+        "by_length": {
+            reader: {
+                row: {str(length): {"hits": h, "crops": n} for length, (h, n) in counts.items()}
+                for row, counts in found.items()
+            }
+            for reader, found in summary.lengths.items()
+        },
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def plot_lengths(summary: Summary, path: Path) -> None:
+    """Word accuracy by length of the label, a panel for each recogniser (the paper's Fig. 5)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    readers = list(summary.lengths)
+    figure = Figure(figsize=(6.4, 3.2 * len(readers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(readers), squeeze=False)[:, 0]
+    for panel, reader in zip(panels, readers, strict=True):
+        crops = summary.lengths[reader][ROWS[0]]
+        beside = panel.twinx()
+        beside.bar(list(crops), [n for _, n in crops.values()], color="0.9", zorder=0)
+        beside.set_ylabel("crops")
+        panel.set_zorder(beside.get_zorder() + 1)
+        panel.patch.set_visible(False)
+        for row in ROWS:
+            counts = summary.lengths[reader][row]
+            shares = [100 * hits / n for hits, n in counts.values()]
+            panel.plot(list(counts), shares, marker="o", markersize=3, label=row)
+        panel.set(title=reader, xlabel="characters", ylabel="word accuracy (%)", ylim=(0, 102))
+        panel.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+
+
+def notable(subsets: Sequence[Subset], count: int = 4) -> dict[str, list[tuple[int, int]]]:
+    """The crops that gained most, least and the median in PSNR, as (subset, crop).
+
+    Each group has `count`, fewer where that would show a crop twice.
+    """
+    places = [(s, i) for s, subset in enumerate(subsets) for i in range(len(subset.gain))]
+    gains = np.concatenate([subset.gain for subset in subsets])
+    order = [places[i] for i in np.argsort(-gains, kind="stable")]
+    count = max(1, min(count, len(order) // 3))
+    middle = (len(order) - count) // 2
+    return {
+        "best": order[:count],
+        "median": order[middle : middle + count],
+        "worst": order[-count:],
+    }
+
+
+def contact_sheet(
+    model: LEMMA | Baseline,
+    subsets: Sequence[Subset],
+    sets: Sequence[PairDataset],
+    readers: Mapping[str, Recognizer],
+    count: int = 4,
+) -> Image.Image:
+    """Input, bicubic, SR, HR and attention of notable crops, with the strings that were read.
+
+    A baseline has no attention to show.
+    """
+    groups = notable(subsets, count)
+    chosen = [(group, *place) for group, places in groups.items() for place in places]
+    height = _PANEL[1] + _LINE * max(1, len(readers)) + _GAP
+    titles = ("input", *ROWS, *(() if isinstance(model, Baseline) else ("attention",)))
+    width = _HEAD + (_PANEL[0] + _GAP) * len(titles)
+    sheet = Image.new("RGB", (width, 2 * _LINE + _GAP + height * len(chosen)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    for column, title in enumerate(titles):
+        draw.text((_HEAD + column * (_PANEL[0] + _GAP), _LINE // 2), title, (0, 0, 0), font)
+    for number, (group, s, i) in enumerate(chosen):
+        subset, top = subsets[s], 2 * _LINE + number * height
+        about = (group, subset.name, repr(subset.labels[i]), f"{subset.gain[i]:+.2f} dB")
+        draw.multiline_text((_GAP, top), "\n".join(about), (0, 0, 0), font)
+        for column, image in enumerate(_panels(model, sets[s], i)):
+            left = _HEAD + column * (_PANEL[0] + _GAP)
+            sheet.paste(image, (left, top))
+            row = titles[column]
+            for line, reader in enumerate(readers if row in ROWS else ()):
+                words = f"{reader}: {subset.rows[row].texts[reader][i]}"
+                draw.text((left, top + _PANEL[1] + _LINE * line), words, (60, 60, 60), font)
+    return sheet
+
+
+def attention(prior: Prior) -> npt.NDArray[np.float32]:
+    """Where the first crop's characters are [H, W]: the largest of its maps, none negative."""
+    live = prior.attn_map[0, : int(prior.pt_lengths[0])]
+    shown: npt.NDArray[np.float32] = live.amax(0).clamp(min=0).float().cpu().numpy()
+    return shown
+
+
+def _panels(model: LEMMA | Baseline, crops: PairDataset, index: int) -> list[Image.Image]:
+    lr, hr, _, _ = crops.raw([index])
+    device = device_of(model)
+    seen = views(model, lr.to(device), hr.to(device))
+    small = _picture(lr[0].float() / 255)
+    shown = [small, *(_picture(seen.images[row][0]) for row in ROWS)]
+    nearest = Image.Resampling.NEAREST
+    panels = [image.resize(_PANEL, nearest) for image in shown]
+    if seen.prior is None:
+        return panels
+    return [*panels, overlay(small.resize(_PANEL, nearest), attention(seen.prior))]
+
+
+def _picture(image: Tensor) -> Image.Image:
+    pixels = image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels)
+
+
+def write(
+    folder: Path, summary: Summary, about: Mapping[str, Any], sheet: Image.Image
+) -> list[Path]:
+    """Write `evaluation.json`, `.md`, `crops.png` and `lengths.png` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("evaluation.json", "evaluation.md", "crops.png", "lengths.png")
+    paths = [folder / name for name in names]
+    replace_file(paths[0], as_json(summary, about))
+    replace_file(paths[1], markdown(summary, about))
+    sheet.save(paths[2])
+    if not summary.lengths:
+        return paths[:3]
+    plot_lengths(summary, paths[3])
+    return paths

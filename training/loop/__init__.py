@@ -1,0 +1,1 @@
+"""The training loop: stages, the Lightning module, checkpoints and resumption."""

@@ -1,0 +1,131 @@
+"""Weights in and out of a stage: safetensors with where they come from."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lemma_fast import baselines, checkpoint
+from lemma_fast.baselines import Baseline
+from lemma_fast.checkpoint.files import config_to_json, load_strictly, read_weights, save_weights
+from lemma_fast.config import LemmaConfig
+from lemma_fast.model import LEMMA
+from lemma_fast.model.crnn_prior import CRNNPrior
+from lemma_fast.model.prior import TextPrior
+from lemma_fast.recognizers import CRNN, TextFocus
+from lemma_fast.training.loop.interpolation import start_from_interpolation
+from lemma_fast.training.settings.schema import Settings
+from lemma_fast.training.settings.typed import SettingsError
+
+#: `format` in the metadata of a prior that was trained alone.
+PRIOR_FORMAT = "lemma-fast prior 1"
+
+
+def stored(network: nn.Module, dtype: str) -> nn.Module:
+    """A copy on the CPU with parameters in `dtype`; buffers (positions, statistics) stay fp32.
+
+    Raises ValueError where a parameter does not fit into half precision.
+    """
+    network = copy.deepcopy(network).cpu().eval()
+    if dtype == "float32":
+        return network
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.half()
+        if not torch.isfinite(parameter.data).all():
+            raise ValueError(f"{name} does not fit into float16: export float32")
+    return network
+
+
+def save_lemma(network: LEMMA, path: Path, provenance: Mapping[str, str], dtype: str) -> None:
+    """Write a network that `lemma_fast.load` opens."""
+    copied = stored(network, dtype)
+    assert isinstance(copied, LEMMA)
+    checkpoint.save(copied, path, provenance)
+
+
+def save_baseline(network: Baseline, path: Path, provenance: Mapping[str, str], dtype: str) -> None:
+    """Write a baseline that `baselines.open_network` opens."""
+    copied = stored(network, dtype)
+    assert isinstance(copied, Baseline)
+    baselines.save_baseline(copied, path, provenance)
+
+
+def save_prior(
+    network: TextPrior | CRNNPrior, path: Path, provenance: Mapping[str, str], dtype: str
+) -> None:
+    """Write a prior that `start.prior` takes."""
+    copied = stored(network, dtype)
+    metadata = {
+        "format": PRIOR_FORMAT,
+        "config": json.dumps(network.config.to_dict()),
+        "sha256": checkpoint.digest(copied.state_dict()),
+    }
+    save_weights(copied, path, {**metadata, **provenance})
+
+
+def save_recognizer(
+    network: TextFocus | CRNN, path: Path, provenance: Mapping[str, str], dtype: str
+) -> None:
+    """Write a recogniser that `load_recognizer` opens."""
+    metadata = {"recognizer": network.name, "config": config_to_json(network.config)}
+    save_weights(stored(network, dtype), path, {**metadata, **provenance})
+
+
+def start(
+    network: LEMMA | Baseline | TextPrior | CRNNPrior | TextFocus | CRNN, settings: Settings
+) -> None:
+    """Load what `settings.start` names into a fresh network; raises SettingsError."""
+    wanted = settings.start
+    if wanted.interpolation:
+        if not isinstance(network, LEMMA):
+            raise SettingsError(f"start.interpolation means nothing to stage {settings.stage}")
+        start_from_interpolation(network)
+    try:
+        if wanted.weights is not None:
+            path = settings.path(wanted.weights)
+            if isinstance(network, LEMMA):
+                load_strictly(network, checkpoint.load(path).state_dict(), str(path))
+            else:
+                load_strictly(network, read_weights(path)[0], str(path))
+        if wanted.prior:
+            if not isinstance(network, LEMMA):
+                raise SettingsError(f"start.prior means nothing to stage {settings.stage}")
+            load_prior(network, [settings.path(name) for name in wanted.prior])
+    except FileNotFoundError as error:
+        name = error.filename or str(error)
+        raise SettingsError(f"start: there is no {name}; train the stage before") from error
+
+
+def load_prior(network: LEMMA, paths: Sequence[Path]) -> None:
+    """Load a prior of ours (alone, or in a whole network), published ABINet files, or a CRNN.
+
+    Raises ValueError that names what does not fit.
+    """
+    if missing := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(2, "no such file", str(missing[0]))
+    if len(paths) != 1 or paths[0].suffix != ".safetensors":
+        checkpoint.load_prior(network, *paths)
+        return
+    (path,) = paths
+    state, metadata = read_weights(path)
+    if metadata.get("format") == PRIOR_FORMAT:
+        theirs, wanted = (
+            (config.text_prior, config.crnn if config.text_prior == "crnn" else config.prior)
+            for config in (LemmaConfig.from_dict(json.loads(metadata["config"])), network.config)
+        )
+        if theirs != wanted:
+            raise SettingsError(
+                f"{path} is a prior of other sizes: {theirs}; the network's is {wanted}"
+            )
+    elif metadata.get("recognizer") == CRNN.name:
+        checkpoint.load_prior(network, path)
+        return
+    else:
+        head = "prior."
+        state = {k.removeprefix(head): v for k, v in state.items() if k.startswith(head)}
+    load_strictly(network.prior, state, str(path))

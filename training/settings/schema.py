@@ -1,0 +1,363 @@
+"""What a training run is made of: settings read from YAML, with unknown keys named.
+
+    base: textzoom.yaml          # another file that this one changes; relative to it, or packaged
+    seed: 1                      # keys of `Settings`
+    stages:
+      prior: {run: {steps: 100}} # what one stage changes; a file trains its stages in this order
+      lemma: {start: {prior: ["stage:prior"]}}
+
+`stage:NAME` stands for the weights that stage NAME of the same run exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from lemma_fast.baselines import BaselineConfig
+from lemma_fast.config import LemmaConfig
+from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
+from lemma_fast.training.losses.lemma import LOSS_SCALE, LossWeights, PixelDistance
+from lemma_fast.training.settings.config_files import locate, read
+from lemma_fast.training.settings.typed import SettingsError, Values, build, merge
+
+Stage = Literal["language", "prior", "text_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"]
+T = TypeVar("T")
+
+#: The stages that train a network of Table 3 in LEMMA's place.
+BASELINES = ("srcnn", "srresnet", "tsrn")
+
+#: The name of a stage's exported weights in its folder.
+WEIGHTS = "best.safetensors"
+_REFERENCE = "stage:"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where crops come from; `train`, `validation` and `test` are LMDB roots, each list joined.
+
+    `words` is the dictionary of stage `language`: `system`, `builtin`, or a file with one word a
+    line; without it, the stage spells the labels of `train`. Nothing of a dictionary is held out.
+
+    `selection` says what the best weights are chosen on: a share held out of `train`, the sets in
+    `validation`, or (the published habit, which flatters the result) the `test` sets.
+    """
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    words: str | None = None
+    selection: Literal["held_out", "validation", "test"] = "held_out"
+    held_out_share: float = 0.05
+    held_out_seed: int = 0
+    validation_crops: int | None = None
+    cache: Literal["none", "ram"] = "none"
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    """Weights to start from: the whole network, or the prior's.
+
+    `prior` is one file of ours, or published ABINet files (vision, language, or both in one).
+    `interpolation` lets a fresh LEMMA begin as an interpolation of the crop.
+    """
+
+    interpolation: bool = False
+    weights: str | None = None
+    prior: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The objective; the defaults are the published one, quirks included (see `losses`).
+
+    `recognizer` is the text-focus Transformer's checkpoint. The first `pixel_steps` steps leave
+    its terms out. `gradient_profile` is the weight of TSRN's own loss beside the others,
+    `reading` that of `reading_loss`, whose reader is the network's own prior, frozen.
+    """
+
+    weights: LossWeights = field(default_factory=LossWeights)
+    distance: PixelDistance = "mse"
+    recognizer: str | None = None
+    pixel_steps: int = 0
+    gradient_profile: float = 0.0
+    reading: float = 0.0
+    scale: float = LOSS_SCALE
+    attention_padding: bool = True
+    unit_diagonal: bool = False
+    double_softmax: bool = True
+    fine_tune_padding: bool = True
+    filtered_labels: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Adam, gradient clipping and the schedule of the learning rate.
+
+    `steps` multiplies the rate by `factor` after every `step_epochs` epochs, `cosine` ends at 0;
+    both start with `warm_up` steps from 0.
+    """
+
+    learning_rate: float = 1e-3
+    prior_learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    weight_decay: float = 0.0
+    clip: float | None = 0.25
+    schedule: Literal["steps", "cosine", "constant"] = "steps"
+    step_epochs: float = 400
+    factor: float = 0.5
+    warm_up: int = 0
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How long, on what, and how often something is written; give one of `steps` and `epochs`.
+
+    `batch_size` is the number of crops in a step on all devices together.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 64
+    precision: Literal["float32", "bfloat16"] = "float32"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    nodes: int = 1
+    sync_batchnorm: bool = False
+    ema: float | None = None
+    validate_every: int = 500
+    save_every: int = 500
+    log_every: int = 50
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """What the best weights are best in; `recognizer` is a CRNN checkpoint for `accuracy`.
+
+    The stages that train a recogniser know `accuracy` (their own) and `loss`, those that restore
+    crops also `psnr`, `language` knows `loss` alone.
+    """
+
+    metric: Literal["accuracy", "psnr", "loss"] = "psnr"
+    recognizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One stage of a run."""
+
+    stage: Stage
+    output: str = "runs/lemma"
+    seed: int = 0
+    ops: Literal["reference", "native", "fused"] = "reference"
+    # `preset` (base, small) and entries of LemmaConfig; of TextFocusConfig or CRNNConfig with the
+    # presets published and small; of BaselineConfig, where the stage is the name.
+    model: Values = field(default_factory=dict)
+    recognizer: Values = field(default_factory=dict)
+    baseline: Values = field(default_factory=dict)
+    # What the stages that train a recogniser look at; `both` alternates.
+    images: Literal["hr", "lr", "both"] = "hr"
+    data: DataSettings = field(default_factory=DataSettings)
+    start: StartSettings = field(default_factory=StartSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    select: SelectSettings = field(default_factory=SelectSettings)
+    export: Literal["float32", "float16"] = "float32"
+
+    @property
+    def folder(self) -> Path:
+        """Where this stage writes."""
+        return Path(self.output) / self.stage
+
+    def path(self, name: str) -> Path:
+        """A file named in the settings, with `stage:NAME` looked up."""
+        if name.startswith(_REFERENCE):
+            return Path(self.output) / name.removeprefix(_REFERENCE) / WEIGHTS
+        return Path(name)
+
+    def lemma_config(self) -> LemmaConfig:
+        """The network's sizes; raises SettingsError."""
+        presets = {"base": LemmaConfig.base(), "small": LemmaConfig.small()}
+        values = dict(self.model)
+        merged = merge(_preset(presets, values, "model").to_dict(), values)
+        try:
+            return LemmaConfig.from_dict(merged)
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"model: {error}") from error
+
+    def text_focus_config(self) -> TextFocusConfig:
+        """The loss recogniser's sizes; raises SettingsError."""
+        presets = {"published": TextFocusConfig(), "small": TextFocusConfig.small()}
+        return _recognizer(presets, self.recognizer)
+
+    def crnn_config(self) -> CRNNConfig:
+        """The evaluator's sizes; raises SettingsError."""
+        presets = {"published": CRNNConfig(), "small": CRNNConfig.small()}
+        return _recognizer(presets, self.recognizer)
+
+    def baseline_config(self) -> BaselineConfig:
+        """The baseline's sizes; raises SettingsError."""
+        try:
+            paper = dataclasses.asdict(BaselineConfig.paper(self.stage))
+            values = {**paper, **self.baseline, "name": self.stage}
+            return build(BaselineConfig, values, "baseline.")
+        except SettingsError:
+            raise
+        except ValueError as error:
+            raise SettingsError(f"baseline: {error}") from error
+
+    def check(self) -> None:
+        """Raise SettingsError where values contradict each other."""
+        data, run = self.data, self.run
+        if not data.train:
+            raise SettingsError("data.train names no set: give it an LMDB, data.train=[train.lmdb]")
+        if data.selection != "held_out" and not getattr(data, data.selection):
+            raise SettingsError(
+                f"data.selection is {data.selection}, but data.{data.selection} names no set"
+            )
+        if data.selection == "held_out" and not 0 < data.held_out_share < 1:
+            raise SettingsError(f"data.held_out_share {data.held_out_share} is not between 0 and 1")
+        if (run.steps is None) == (run.epochs is None):
+            raise SettingsError("give one of run.steps and run.epochs, the other null")
+        for name in ("batch_size", "devices", "nodes", "validate_every", "save_every", "log_every"):
+            if getattr(run, name) < 1:
+                raise SettingsError(f"run.{name} must be at least 1, got {getattr(run, name)}")
+        if run.ema is not None and not 0 < run.ema < 1:
+            raise SettingsError(f"run.ema {run.ema} is not between 0 and 1")
+        wanted, stage = self.select.metric, self.stage
+        restores = stage in ("lemma", *BASELINES)
+        known: tuple[str, ...] = ("accuracy", "loss")
+        if restores:
+            known = ("psnr", *known)
+        if stage == "language":
+            known = ("loss",)
+        if wanted not in known:
+            raise SettingsError(
+                f"select.metric {wanted} means nothing to stage {stage}: {', '.join(known)}"
+            )
+        if restores and wanted == "accuracy" and self.select.recognizer is None:
+            raise SettingsError("select.metric accuracy needs select.recognizer, a CRNN checkpoint")
+        text_focus = self.loss.weights.text_focus != 0
+        if restores and text_focus and self.loss.recognizer is None:
+            raise SettingsError(
+                "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
+                "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
+            )
+        if stage in ("language", "prior", "lemma"):
+            network = self.lemma_config()
+            if stage == "language" and network.text_prior != "abinet":
+                raise SettingsError(f"text_prior {network.text_prior} has no language part")
+        elif stage == "text_focus":
+            self.text_focus_config()
+        elif stage == "crnn":
+            self.crnn_config()
+        else:
+            self.baseline_config()
+        if restores and self.loss.reading != 0:
+            self._check_reading()
+
+    def _check_reading(self) -> None:
+        if self.stage != "lemma" or self.lemma_config().text_prior != "abinet":
+            raise SettingsError("loss.reading needs stage lemma with ABINet as its text prior")
+        if self.optimizer.prior_learning_rate != 0:
+            raise SettingsError(
+                "loss.reading needs optimizer.prior_learning_rate=0: a reader that learns would "
+                "meet the network halfway"
+            )
+        if not self.loss.filtered_labels:
+            raise SettingsError(
+                "loss.reading needs loss.filtered_labels=true: an apostrophe would count as the end"
+            )
+
+
+def stages(config: str | Path, overrides: Sequence[str] = ()) -> list[Settings]:
+    """All stages of a config, in the order in which they are trained; raises SettingsError."""
+    values = read(locate(config))
+    own = values.pop("stages", None)
+    if own is None:
+        own = {str(values.get("stage", "lemma")): {}}
+    if not isinstance(own, dict) or not own:
+        raise SettingsError("stages must be a table of stages")
+    values.pop("stage", None)
+    common: Values = {}
+    for override in overrides:
+        keys, value = _override(override)
+        if keys[0] == "stages":
+            if len(keys) < 3 or keys[1] not in own:
+                raise SettingsError(f"{override}: there is stages.{', stages.'.join(own)}")
+            own[keys[1]] = merge(own[keys[1]] or {}, _nested(keys[2:], value))
+        else:
+            common = merge(common, _nested(keys, value))
+    found = []
+    for stage, changes in own.items():
+        resolved = merge(merge(values, changes or {}), common)
+        found.append(build(Settings, {**resolved, "stage": stage}))
+    return found
+
+
+def choose(config: str | Path, stage: str = "all", overrides: Sequence[str] = ()) -> list[Settings]:
+    """The stage that is asked for, or all of them; checked, raises SettingsError."""
+    found = stages(config, overrides)
+    if stage != "all":
+        names = [settings.stage for settings in found]
+        if stage not in names:
+            raise SettingsError(f"{config} has no stage {stage!r}; it has {', '.join(names)}")
+        found = [settings for settings in found if settings.stage == stage]
+    for settings in found:
+        settings.check()
+    return found
+
+
+def _preset(presets: Mapping[str, T], values: Values, at: str) -> T:
+    """Take `preset` out of `values`; the first one is the default."""
+    name = values.pop("preset", next(iter(presets)))
+    if name not in presets:
+        raise SettingsError(f"{at}.preset is one of {', '.join(presets)}; not {name!r}")
+    return presets[name]
+
+
+def _recognizer(presets: Mapping[str, T], entries: Values) -> T:
+    values = dict(entries)
+    preset: Any = _preset(presets, values, "recognizer")
+    try:
+        return build(type(preset), merge(dataclasses.asdict(preset), values), "recognizer.")
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"recognizer: {error}") from error
+
+
+def _override(text: str) -> tuple[list[str], Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"{text!r} is not KEY=VALUE, such as run.steps=1000")
+    try:
+        return key.split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{text!r}: the value is not YAML: {error}") from error
+
+
+def _nested(keys: Sequence[str], value: Any) -> Values:
+    for key in reversed(keys):
+        value = {key: value}
+    return typing.cast(Values, value)
+
+
+def as_yaml(chosen: Sequence[Settings]) -> str:
+    """The settings as a YAML file of stages."""
+    tables = {settings.stage: dataclasses.asdict(settings) for settings in chosen}
+    for table in tables.values():
+        del table["stage"]
+    # YAML has no tuples
+    plain = json.loads(json.dumps({"stages": tables}))
+    return str(yaml.safe_dump(plain, sort_keys=False))
