@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lemma_fast.acceleration.graphs import CudaRecorder
 from lemma_fast.acceleration.layers import Plan, can_pack, tensor_cores
-from lemma_fast.acceleration.network import Network
 from lemma_fast.acceleration.parts import Parts, Recordings
+from lemma_fast.acceleration.swap import folded
 from lemma_fast.checkpoint import CheckpointError, from_published
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
@@ -38,7 +38,7 @@ class Accelerated(nn.Module):
     def __init__(
         self,
         config: LemmaConfig,
-        network: Network,
+        network: LEMMA,
         plan: Plan,
         max_batch: int,
         graphs: bool,
@@ -54,7 +54,7 @@ class Accelerated(nn.Module):
         run: Callable[[Tensor], tuple[Tensor, ...]] = self._run
         if graphs:
             shape = (self.config.in_channels, *self.config.size)
-            recorder = CudaRecorder(self._run, shape, network.wide, plan.device)
+            recorder = CudaRecorder(self._run, shape, plan.wide, plan.device)
             run = self.recordings = Recordings(recorder, KEPT_GRAPHS, reuse_output)
         self.parts = Parts(run, max_batch, self._free)
         self.training = False
@@ -122,8 +122,11 @@ class Accelerated(nn.Module):
         )
 
     def _run(self, lr: Tensor) -> tuple[Tensor, ...]:
+        exact = self.plan.wide
         with tensor_cores(self.tf32):
-            return self.network(lr)
+            sr, prior = self.network(lr.to(exact))
+            logits = prior.img_logits.to(exact), prior.text_logits.to(exact)
+            return sr.to(exact), prior.attn_map, *logits, prior.pt_lengths
 
     def _free(self) -> None:
         if self.recordings is not None:
@@ -203,7 +206,7 @@ def accelerate(
     max_batch = max_batch or (CUDA_PART if on_cuda else CPU_PART)
     with torch.inference_mode(False), torch.no_grad():
         plan, why_plain = make_plan(device, dtype)
-        network = Network(lemma, plan, with_attention)
+        network = folded(lemma, plan, with_attention)
         return Accelerated(
             lemma.config, network, plan, max_batch, graphs, reuse_output, tf32, why_plain
         )

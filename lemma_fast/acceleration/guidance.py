@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.acceleration.folding import Affine, conv, resize_matrix, stack, wide
 from lemma_fast.acceleration.layers import Conv, Heads, Plan, Product, SelfAttention, projections
-from lemma_fast.acceleration.prior import Reading
+from lemma_fast.acceleration.prior import make_resize
 from lemma_fast.model.guidance import Guidance, layer_weights
 from lemma_fast.model.layers import TransformerLayer
+from lemma_fast.model.prior import Prior
 
 
-class Resize(nn.Module):
-    """Attention maps [N, T, h, w] to [N, T, H, W] by two constant matrices, in fp32."""
+class ExactGuidance(nn.Module):
+    """The guidance of an ablation: the reference's module, in the network's precision."""
 
-    def __init__(self, source: tuple[int, int], target: tuple[int, int], plan: Plan) -> None:
+    def __init__(self, guidance: Guidance, plan: Plan) -> None:
         super().__init__()
-        self.plan = plan
-        self.rows = plan.keep_exact(resize_matrix(source[0], target[0]))
-        self.columns = plan.keep_exact(resize_matrix(source[1], target[1]).T)
+        config = guidance.config
+        self.module = guidance.to(plan.device, plan.dtype)
+        self.resize = make_resize(config, plan)
 
-    def forward(self, h_attn: Tensor) -> Tensor:
-        with self.plan.exact():
-            return self.rows @ (h_attn @ self.columns)
-
-
-class Sight(NamedTuple):
-    """What the guidance is made of."""
-
-    shallow: Tensor
-    """X_I [N, C, H, W], channels-last."""
-    reading: Reading
-    attn_map: Tensor
-    """[N, T, H, W] fp32"""
+    def forward(self, features: Tensor, prior: Prior, h_attn: Tensor) -> Tensor:
+        if prior.attn_map.shape[2:] != features.shape[2:]:
+            prior = prior._replace(attn_map=self.resize(h_attn))
+        return self.module(features.contiguous(), prior, h_attn)
 
 
 class FoldedGuidance(nn.Module):
-    """X_I and what was read to X_G [N, C, H, W], for the paper's configuration."""
+    """`Guidance` of the paper's configuration, folded; X_I to X_G, both [N, C, H, W].
+
+    It has a form of its own for speed: keys and values of all layers of a direction come from one
+    product, the positions are resized once instead of the attention, and all positions that were
+    not selected share one row.
+    """
 
     def __init__(self, guidance: Guidance, plan: Plan) -> None:
         super().__init__()
@@ -58,6 +53,7 @@ class FoldedGuidance(nn.Module):
         self.slopes = [plan.keep(act.weight.detach()) for act in (expansion.act1, expansion.act2)]
         self.region = Conv(conv(guidance.pixel_to_region), plan)
         self.positions = plan.keep(guidance.positions)
+        self.resize = make_resize(config, plan)
 
         grid = config.prior.reduction
         h, w = 2 * config.height // grid, 2 * config.width // grid
@@ -96,13 +92,16 @@ class FoldedGuidance(nn.Module):
         self.keys = Product(stack([projections(layer, 1, 2) for layer in to_image]), plan)
         self.values = Product(stack([projections(layer, 2, 3) for layer in to_image]), plan)
 
-    def forward(self, sight: Sight) -> Tensor:
-        reading = sight.reading
-        text = self._text(reading)
+    def forward(self, features: Tensor, prior: Prior, h_attn: Tensor) -> Tensor:
+        """As `Guidance.forward`; features [N, C, H, W] are channels-last."""
+        text = self._text(prior, h_attn)
         if self.plan.fused:
-            return self._fused(sight, text)
-        score, index, order = self._select(sight.attn_map, reading.lengths)
-        enhanced = self._enhance(score, sight.shallow)
+            return self._fused(features, text, prior, h_attn)
+        maps = prior.attn_map
+        if maps.shape[2:] != self.size:
+            maps = self.resize(h_attn)
+        score, index, order = self._select(maps, prior.pt_lengths)
+        enhanced = self._enhance(score, features)
         N, C = enhanced.shape[:2]
         rows = self.region(enhanced).permute(0, 2, 3, 1).reshape(N, -1, C) + self.positions
         selected = rows.gather(1, index[:, :, None].expand(-1, -1, C))
@@ -124,12 +123,11 @@ class FoldedGuidance(nn.Module):
         rows = rows.gather(1, order[:, :, None].expand(-1, -1, C))
         return rows.unflatten(1, self.size).permute(0, 3, 1, 2)
 
-    def _fused(self, sight: Sight, text: Tensor) -> Tensor:
-        reading, ops = sight.reading, self.ops
-        K = self.config.selected
-        score, index = ops.compress_select(reading.h_attn, reading.lengths, K, self.size)
+    def _fused(self, features: Tensor, text: Tensor, prior: Prior, h_attn: Tensor) -> Tensor:
+        ops, K = self.ops, self.config.selected
+        score, index = ops.compress_select(h_attn, prior.pt_lengths, K, self.size)
         logits = self._logits(score.to(text.dtype))
-        enhanced = ops.location_enhance(logits, sight.shallow)
+        enhanced = ops.location_enhance(logits, features)
         positions = self.positions.expand(len(text), -1, -1)
         selected = ops.gather_region(enhanced, index, *self.region_weights, positions)
         heads = self.config.heads
@@ -137,9 +135,9 @@ class FoldedGuidance(nn.Module):
             text, selected, index, self.size, *self.layer_weights, heads
         )
 
-    def _text(self, reading: Reading) -> Tensor:
-        looked = reading.h_attn.flatten(2).to(self.resized_positions.dtype)
-        text = self.text_projection(reading.text_logits) + looked @ self.resized_positions
+    def _text(self, prior: Prior, h_attn: Tensor) -> Tensor:
+        looked = h_attn.flatten(2).to(self.resized_positions.dtype)
+        text = self.text_projection(prior.text_logits) + looked @ self.resized_positions
         for layer in self.text_encoder:
             text = layer(text)
         return text

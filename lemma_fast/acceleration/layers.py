@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemma_fast.acceleration.folding import Affine, linear, wide
-from lemma_fast.model.layers import Attention, TransformerLayer
-from lemma_fast.ops import cpu
-from lemma_fast.ops.cpu import Activation
+from lemma_fast.acceleration.folding import Affine, conv, linear, wide
+from lemma_fast.model.layers import Attention, ConvNorm, TransformerLayer
+from lemma_fast.ops import Activation, cpu
 
 SMALLEST_WINOGRAD = 16
 # From this many channels on, for few positions what counts is how many weights are read: those
@@ -140,6 +139,13 @@ class Conv(nn.Module):
             return ops.binary(x, add, *arguments, "add", 1.0, last, [], None)
         x = ops(x, *arguments, "relu" if relu else "none", [], "")
         return mish(x) if self.activation == "mish" else x
+
+
+def conv_norm(module: ConvNorm, plan: Plan) -> Conv:
+    """A convolution of the network with its batch norm, its sum and its activation in one."""
+    height, width = module.conv.stride
+    affine = conv(module.conv, module.norm)
+    return Conv(affine, plan, (height, width), module.activation)
 
 
 class Product(nn.Module):

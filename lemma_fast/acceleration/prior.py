@@ -1,115 +1,62 @@
-"""The text prior, folded: ResNet, Transformer encoder, position attention, language model."""
+"""The text prior's parts that evaluation computes in another form than the reference.
+
+The residual network, the encoder and the classifiers are the reference's modules with folded layers
+in them; what stands here has constants that a swap of layers would not find.
+"""
 
 from __future__ import annotations
-
-import copy
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemma_fast.acceleration.folding import Affine, conv, linear, stack, wide
-from lemma_fast.acceleration.layers import (
-    Conv,
-    Heads,
-    Plan,
-    Product,
-    SelfAttention,
-    projections,
-)
+from lemma_fast.acceleration.folding import Affine, linear, resize_matrix, stack, wide
+from lemma_fast.acceleration.layers import Heads, Plan, Product, projections
+from lemma_fast.config import LemmaConfig
 from lemma_fast.model.layers import TransformerLayer
-from lemma_fast.model.prior import (
-    ConvNorm,
-    Language,
-    PositionAttention,
-    ResidualBlock,
-    ResNet,
-    TextPrior,
-    valid_lengths,
-)
-from lemma_fast.ops.cpu import Activation
+from lemma_fast.model.prior import Language, PositionAttention, Prior, TextPrior
 
 
-class Reading(NamedTuple):
-    """What the prior hands on, before its maps are resized."""
+class Resize(nn.Module):
+    """Attention maps [N, T, h, w] to [N, T, H, W] by two constant matrices, in fp32."""
 
-    h_attn: Tensor
-    """[N, T, h, w] fp32 (fp64 for fp64)."""
-    img_logits: Tensor
-    """[N, T, classes]"""
-    text_logits: Tensor
-    """[N, T, classes]"""
-    lengths: Tensor
-    """[N] int64"""
-
-
-def conv_norm(module: nn.Module, plan: Plan, activation: Activation = "none") -> Conv:
-    """Fold one of the network's convolutions with its batch norm."""
-    assert isinstance(module, ConvNorm)
-    stride = module.conv.stride
-    return Conv(conv(module.conv, module.norm), plan, (stride[0], stride[1]), activation)
-
-
-class FoldedResidualBlock(nn.Module):
-    """conv1x1, conv3x3, shortcut; each with its norm, sum and ReLU in one."""
-
-    def __init__(self, block: ResidualBlock, plan: Plan) -> None:
+    def __init__(self, source: tuple[int, int], target: tuple[int, int], plan: Plan) -> None:
         super().__init__()
-        self.reduce = conv_norm(block.reduce, plan, "relu")
-        self.expand = conv_norm(block.expand, plan, "relu")
-        shortcut = block.shortcut
-        self.shortcut = None if shortcut is None else conv_norm(shortcut, plan)
-
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.shortcut is None else self.shortcut(x)
-        return self.expand(self.reduce(x), add=identity)
-
-
-class FoldedResNet(nn.Module):
-    """Normalised RGB [N, 3, 2H, 2W] to tokens [N, h * w, C]."""
-
-    def __init__(self, resnet: ResNet, plan: Plan) -> None:
-        super().__init__()
-        self.stem = conv_norm(resnet.stem, plan, "relu")
-        blocks = [m for m in resnet.stages.modules() if isinstance(m, ResidualBlock)]
-        self.blocks = nn.ModuleList(FoldedResidualBlock(block, plan) for block in blocks)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.stem(image)
-        for block in self.blocks:
-            x = block(x)
-        return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-class FoldedPositionAttention(nn.Module):
-    """Tokens to vectors and maps; the queries are a constant, scaled already."""
-
-    def __init__(self, attention: PositionAttention, plan: Plan) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(conv_norm(m, plan, "relu") for m in attention.down)
-        self.up = nn.ModuleList(conv_norm(m, plan, "relu") for m in attention.up)
         self.plan = plan
-        project = linear(attention.project)
-        queries = F.linear(wide(attention.queries), *project)
+        self.rows = plan.keep_exact(resize_matrix(source[0], target[0]))
+        self.columns = plan.keep_exact(resize_matrix(source[1], target[1]).T)
+
+    def forward(self, h_attn: Tensor) -> Tensor:
+        with self.plan.exact():
+            return self.rows @ (h_attn @ self.columns)
+
+
+def make_resize(config: LemmaConfig, plan: Plan) -> Resize:
+    """From the size of the prior's own maps to that of the crop."""
+    grid = config.prior.reduction
+    return Resize((2 * config.height // grid, 2 * config.width // grid), config.size, plan)
+
+
+class FoldedPositionAttention(PositionAttention):
+    """`PositionAttention` whose queries are a constant, projected and scaled already."""
+
+    def __init__(
+        self, attention: PositionAttention, down: nn.ModuleList, up: nn.ModuleList, plan: Plan
+    ) -> None:
+        nn.Module.__init__(self)
+        self.down, self.up, self.plan = down, up, plan
+        queries = F.linear(wide(attention.queries), *linear(attention.project))
         self.queries = plan.keep_exact(queries / queries.shape[1] ** 0.5)
 
-    def forward(self, tokens: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Tokens [N, h * w, C] to vectors [N, T, C] and h_attn [N, T, h, w]; scores are fp32."""
-        N, _, C = tokens.shape
-        levels = [tokens.unflatten(1, size).permute(0, 3, 1, 2)]
-        for down in self.down:
-            levels.append(down(levels[-1]))
-        key = levels.pop()
-        for up in list(self.up)[:-1]:
-            skip = levels.pop()
-            key = up(F.interpolate(key, size=skip.shape[2:])) + skip
-        key = self.up[-1](F.interpolate(key, size=size))
-        keys = key.permute(0, 2, 3, 1).reshape(N, -1, C).to(self.queries.dtype)
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, C, h, w] to vectors [N, T, C] and `h_attn` [N, T, h, w]; scores are fp32."""
+        exact = self.queries.dtype
+        keys = self.keys(features).flatten(2).to(exact)
         with self.plan.exact():
-            attention = (self.queries @ keys.transpose(1, 2)).softmax(dim=2)
-        vectors = (attention @ tokens.to(attention.dtype)).to(tokens.dtype)
-        return vectors, attention.unflatten(2, size)
+            attention = (self.queries @ keys).softmax(dim=2)
+        tokens = features.flatten(2).transpose(1, 2)
+        vectors = (attention @ tokens.to(exact)).to(tokens.dtype)
+        return vectors, attention.unflatten(2, features.shape[2:])
 
 
 class FoldedLanguage(nn.Module):
@@ -149,52 +96,38 @@ class FoldedLanguage(nn.Module):
         return self.classifier(x)
 
 
-class OriginalPrior(nn.Module):
-    """A prior that is not folded, as the reference computes it, in fp32."""
+class FoldedPrior(TextPrior):
+    """`TextPrior` around folded parts; without `resizes` its maps keep the size [N, T, h, w]."""
 
-    def __init__(self, prior: nn.Module, plan: Plan) -> None:
-        super().__init__()
-        self.module = copy.deepcopy(prior).to(plan.device, plan.wide).eval().requires_grad_(False)
-        self.wide, self.dtype = plan.wide, plan.dtype
-
-    def forward(self, image: Tensor) -> Reading:
-        prior, h_attn = self.module(image.to(self.wide))
-        logits = prior.img_logits.to(self.dtype), prior.text_logits.to(self.dtype)
-        return Reading(h_attn, *logits, prior.pt_lengths)
-
-
-class FoldedPrior(nn.Module):
-    """RGB crop [N, 3, H, W] to a `Reading`."""
-
-    def __init__(self, prior: TextPrior, plan: Plan) -> None:
-        super().__init__()
-        config, vision = prior.config, prior.vision
-        self.min_length = config.min_length
-        self.size = (2 * config.height, 2 * config.width)
-        grid = config.prior.reduction
-        self.grid = (self.size[0] // grid, self.size[1] // grid)
+    def __init__(self, prior: TextPrior, plan: Plan, resizes: bool) -> None:
+        nn.Module.__init__(self)
+        self.config = prior.config
+        self.vision, self.language, self.dtype = prior.vision, prior.language, plan.dtype
         # The weights of a bicubic resize sum to one: the small crop is normalised, not the large.
         self.mean = plan.keep_exact(prior.mean)
         self.inverse_std = plan.keep_exact(1 / wide(prior.std))
-        self.dtype = plan.dtype
-        self.resnet = FoldedResNet(vision.resnet, plan)
-        self.positions = plan.keep(vision.positions)
-        self.encoder = nn.ModuleList(
-            SelfAttention(m, plan) for m in vision.encoder if isinstance(m, TransformerLayer)
-        )
-        self.attention = FoldedPositionAttention(vision.attention, plan)
-        self.classifier = Product(linear(vision.classifier), plan)
-        self.language = FoldedLanguage(prior.language, plan)
+        self.enlarge = make_resize(prior.config, plan) if resizes else nn.Identity()
 
-    def forward(self, image: Tensor) -> Reading:
-        image = (image.to(self.mean.dtype) - self.mean) * self.inverse_std
-        image = F.interpolate(image, size=self.size, mode="bicubic", align_corners=True)
-        image = image.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        tokens = self.resnet(image) + self.positions
-        for layer in self.encoder:
-            tokens = layer(tokens)
-        vectors, h_attn = self.attention(tokens, self.grid)
-        img_logits = self.classifier(vectors)
-        probabilities = img_logits.softmax(dim=2)
-        text_logits = self.language(probabilities, valid_lengths(img_logits, self.min_length))
-        return Reading(h_attn, img_logits, text_logits, valid_lengths(text_logits, self.min_length))
+    def prepare(self, image: Tensor) -> Tensor:
+        size = (2 * self.config.height, 2 * self.config.width)
+        image = (image - self.mean) * self.inverse_std
+        image = F.interpolate(image, size=size, mode="bicubic", align_corners=True)
+        return image.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def resize(self, h_attn: Tensor) -> Tensor:
+        return self.enlarge(h_attn)
+
+
+class ExactPrior(nn.Module):
+    """A prior that is not folded: the reference's modules, in fp32."""
+
+    def __init__(self, prior: nn.Module, plan: Plan, resizes: bool) -> None:
+        super().__init__()
+        self.module = prior.to(plan.device, plan.wide)
+        self.dtype, self.resizes = plan.dtype, resizes
+
+    def forward(self, image: Tensor) -> tuple[Prior, Tensor]:
+        prior, h_attn = self.module(image)
+        logits = prior.img_logits.to(self.dtype), prior.text_logits.to(self.dtype)
+        maps = prior.attn_map if self.resizes else h_attn
+        return Prior(maps, *logits, prior.pt_lengths), h_attn

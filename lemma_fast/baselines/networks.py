@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lemma_fast.baselines.config import BaselineConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.blocks import BiGRU, Upsampler
-from lemma_fast.model.prior import ConvNorm, Prior
+from lemma_fast.model.layers import ConvNorm
+from lemma_fast.model.prior import Prior
 from lemma_fast.model.rectify import Rectifier
 from lemma_fast.ops import Operations, reference
 

@@ -30,17 +30,17 @@ from lemma_fast.bench.variants import (
 )
 from lemma_fast.model import LEMMA
 
-#: Stages by the names of their modules, in the reference and in the accelerated network.
+#: Stages by the names of their modules, the same in the reference and the accelerated network.
 STAGES = {
-    "residual network": r"prior\.(vision\.)?resnet",
-    "transformer": r"prior\.(vision\.)?encoder(\.\d+)?",
-    "position attention": r"prior\.(vision\.)?attention",
+    "residual network": r"prior\.vision\.resnet",
+    "transformer": r"prior\.vision\.encoder\.\d+",
+    "position attention": r"prior\.vision\.attention",
     "language": r"prior\.language",
     "guidance": r"guidance",
-    "AdaFM": r"(branch\.)?blocks\.\d+\.fusion|branch\.share",
-    "GRU": r"(branch\.)?blocks\.\d+\.(vertical|horizontal)",
-    "convolutions": r"stem|(branch\.)?(blocks\.\d+\.(conv1|conv2|norm)|tail)",
-    "upsampler": r"upsampler|branch\.(expand|project)",
+    "AdaFM": r"blocks\.\d+\.fusion",
+    "GRU": r"blocks\.\d+\.(vertical|horizontal)",
+    "convolutions": r"stem|blocks\.\d+\.(conv1|conv2|norm)|tail",
+    "upsampler": r"upsampler",
 }
 REST = "rest"
 #: Variants that have a backward pass.

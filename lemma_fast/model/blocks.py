@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.config import LemmaConfig
-from lemma_fast.model.prior import ConvNorm
+from lemma_fast.model.layers import ConvNorm
 from lemma_fast.ops import Operations
 from lemma_fast.ops.weights import AdaFMWeights, BatchNormWeights, BiGRUWeights, BranchWeights
 
@@ -123,7 +123,7 @@ class RecurrentBlock(nn.Module):
     def __init__(self, config: LemmaConfig, ops: Operations) -> None:
         super().__init__()
         channels = config.channels
-        self.conv1 = ConvNorm(channels, channels, 3, bias=True)
+        self.conv1 = ConvNorm(channels, channels, 3, bias=True, activation="mish")
         self.conv2 = ConvNorm(channels, channels, 3, bias=True)
         self.fusion = AdaFM(config, ops) if config.adaptive_fusion else Concatenation(config)
         self.vertical = BiGRU(channels, 2, ops)
@@ -131,7 +131,7 @@ class RecurrentBlock(nn.Module):
         self.horizontal = BiGRU(channels, 3, ops)
 
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
-        residual = self.fusion(self.conv2(F.mish(self.conv1(features))), guidance)
+        residual = self.fusion(self.conv2(self.conv1(features)), guidance)
         return self.horizontal(self.norm(features + self.vertical(residual)))
 
 

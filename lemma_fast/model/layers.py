@@ -1,4 +1,4 @@
-"""Post-norm Transformer layers and sinusoidal positions, shared by the prior and the guidance."""
+"""Layers that several parts of the network share: convolutions, Transformer layers, positions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lemma_fast.ops import Activation
 
 
 def sinusoid(length: int, width: int) -> Tensor:
@@ -21,6 +23,33 @@ def sinusoid(length: int, width: int) -> Tensor:
     table[:, 0::2] = torch.sin(position * rate)
     table[:, 1::2] = torch.cos(position * rate)
     return table
+
+
+class ConvNorm(nn.Module):
+    """Convolution and batch norm, a sum and an activation; odd kernels keep the size."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int | tuple[int, int] = 1,
+        bias: bool = False,
+        activation: Activation = "none",
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=bias)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.activation = activation
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """`x` [N, C, H, W] to [N, D, H', W']; `add`, of that shape, comes before the activation."""
+        x = self.norm(self.conv(x))
+        if add is not None:
+            x = add + x
+        if self.activation == "none":
+            return x
+        return F.relu(x) if self.activation == "relu" else F.mish(x)
 
 
 class Attention(nn.Module):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model.blocks import RecurrentBlock, Upsampler
 from lemma_fast.model.guidance import Guidance
-from lemma_fast.model.prior import ConvNorm, Prior, TextPrior
+from lemma_fast.model.layers import ConvNorm
+from lemma_fast.model.prior import Prior, TextPrior
 from lemma_fast.model.rectify import Rectifier
 from lemma_fast.ops import Operations, reference
 
@@ -75,7 +76,7 @@ class LEMMA(
         features = shallow
         for block in self.blocks:
             features = block(features, guidance)
-        return torch.tanh(self.upsampler(shallow + self.tail(features))), prior
+        return torch.tanh(self.upsampler(self.tail(features, add=shallow))), prior
 
     # What `save_pretrained`, `push_to_hub` and `from_pretrained` call. The checkpoint module builds
     # on this one, so it is imported when needed.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.config import LemmaConfig
-from lemma_fast.model.layers import TransformerLayer, sinusoid
+from lemma_fast.model.layers import ConvNorm, TransformerLayer, sinusoid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -33,38 +33,19 @@ class Prior(NamedTuple):
     """[N] int64, valid characters with the end token, read from `text_logits`."""
 
 
-class ConvNorm(nn.Module):
-    """Convolution and batch norm; `padding` keeps the size for odd kernels."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        stride: int | tuple[int, int] = 1,
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=bias)
-        self.norm = nn.BatchNorm2d(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
 class ResidualBlock(nn.Module):
     """conv1x1, conv3x3 (which carries the stride), and a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.reduce = ConvNorm(in_channels, out_channels, 1)
-        self.expand = ConvNorm(out_channels, out_channels, 3, stride)
+        self.reduce = ConvNorm(in_channels, out_channels, 1, activation="relu")
+        self.expand = ConvNorm(out_channels, out_channels, 3, stride, activation="relu")
         changes = stride != 1 or in_channels != out_channels
         self.shortcut = ConvNorm(in_channels, out_channels, 1, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.shortcut is None else self.shortcut(x)
-        return F.relu(identity + self.expand(F.relu(self.reduce(x))))
+        return self.expand(self.reduce(x), add=identity)
 
 
 class ResNet(nn.Module):
@@ -73,7 +54,7 @@ class ResNet(nn.Module):
     def __init__(self, config: LemmaConfig) -> None:
         super().__init__()
         prior = config.prior
-        self.stem = ConvNorm(3, prior.stem_width, 3)
+        self.stem = ConvNorm(3, prior.stem_width, 3, activation="relu")
         stages: list[nn.Module] = []
         channels = prior.stem_width
         for width, depth, stride in zip(prior.widths, prior.depths, prior.strides, strict=True):
@@ -87,7 +68,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.stages(F.relu(self.stem(image)))
+        return self.stages(self.stem(image))
 
 
 class PositionAttention(nn.Module):
@@ -98,28 +79,21 @@ class PositionAttention(nn.Module):
     def __init__(self, config: LemmaConfig) -> None:
         super().__init__()
         width, narrow = config.prior.width, config.prior.key_width
+        strides: tuple[int | tuple[int, int], ...] = ((1, 2), 2, 2, 2)
+        widths = (width, narrow, narrow, narrow)
         self.down = nn.ModuleList(
-            [ConvNorm(width, narrow, 3, (1, 2), bias=True)]
-            + [ConvNorm(narrow, narrow, 3, 2, bias=True) for _ in range(3)]
+            ConvNorm(before, narrow, 3, stride, bias=True, activation="relu")
+            for before, stride in zip(widths, strides, strict=True)
         )
         self.up = nn.ModuleList(
-            [ConvNorm(narrow, narrow, 3, bias=True) for _ in range(3)]
-            + [ConvNorm(narrow, width, 3, bias=True)]
+            ConvNorm(narrow, after, 3, bias=True, activation="relu") for after in reversed(widths)
         )
         self.project = nn.Linear(width, width)
         self.register_buffer("queries", sinusoid(config.max_length, width))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, C, h, w] to vectors [N, T, C] and fp32 maps `h_attn` [N, T, h, w]."""
-        levels = [features]
-        for down in self.down:
-            levels.append(F.relu(down(levels[-1])))
-        key = levels.pop()
-        for up in self.up[:-1]:
-            skip = levels.pop()
-            key = F.relu(up(F.interpolate(key, size=skip.shape[2:]))) + skip
-        key = F.relu(self.up[-1](F.interpolate(key, size=features.shape[2:])))
-
+        key = self.keys(features)
         # Half-precision scores would tie and reorder positions: fp32 whatever the autocast.
         with torch.autocast(features.device.type, enabled=False):
             query, key, value = (
@@ -129,6 +103,17 @@ class PositionAttention(nn.Module):
             attention = (query @ key / features.shape[1] ** 0.5).softmax(dim=2)
             vectors = (attention @ value.transpose(1, 2)).to(features.dtype)
         return vectors, attention.unflatten(2, features.shape[2:])
+
+    def keys(self, features: Tensor) -> Tensor:
+        """The U-Net: features [N, C, h, w] to keys of the same shape."""
+        levels = [features]
+        for down in self.down:
+            levels.append(down(levels[-1]))
+        key = levels.pop()
+        for up in list(self.up)[:-1]:
+            skip = levels.pop()
+            key = up(F.interpolate(key, size=skip.shape[2:])) + skip
+        return self.up[-1](F.interpolate(key, size=features.shape[2:]))
 
 
 class Seen(NamedTuple):
@@ -240,9 +225,8 @@ class TextPrior(nn.Module):
         img_logits, h_attn = self.vision(self.prepare(image))
         probabilities = img_logits.detach().softmax(dim=2)
         text_logits = self.language(probabilities, self.valid_lengths(img_logits))
-        attn_map = F.interpolate(h_attn, size=self.config.size, mode="bicubic", align_corners=True)
         lengths = self.valid_lengths(text_logits)
-        return Prior(attn_map, img_logits, text_logits, lengths), h_attn
+        return Prior(self.resize(h_attn), img_logits, text_logits, lengths), h_attn
 
     def prepare(self, image: Tensor) -> Tensor:
         """RGB [N, 3, any, any] in [0, 1] to the vision part's input [N, 3, 2H, 2W], normalised."""
@@ -250,6 +234,10 @@ class TextPrior(nn.Module):
         if image.shape[-2:] != size:
             image = F.interpolate(image, size=size, mode="bicubic", align_corners=True)
         return (image - self.mean) / self.std
+
+    def resize(self, h_attn: Tensor) -> Tensor:
+        """Attention maps [N, T, h, w] to the size of the crop [N, T, H, W]."""
+        return F.interpolate(h_attn, size=self.config.size, mode="bicubic", align_corners=True)
 
     def valid_lengths(self, logits: Tensor) -> Tensor:
         """`valid_lengths` of logits [N, T, classes] with the config's shortest length."""

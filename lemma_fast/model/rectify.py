@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.config import LemmaConfig
-from lemma_fast.model.prior import ConvNorm
+from lemma_fast.model.layers import ConvNorm
 
 WIDTHS = (32, 64, 128, 256, 256, 256)
 POOLS: tuple[tuple[int, int] | None, ...] = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), None)

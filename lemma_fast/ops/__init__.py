@@ -7,9 +7,12 @@ object with the six functions will do, so a table can be mixed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+#: What may follow a convolution.
+Activation = Literal["none", "relu", "mish"]
 
 
 class Operations(Protocol):

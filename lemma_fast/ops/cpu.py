@@ -1,19 +1,17 @@
 """Operations in C++ for inference on the CPU, in fp32: csrc/ has the code, this module the doors.
 
-The module is a table of the six operations, `LEMMA(config, ops=native)`, and offers what a prepared
+The module is a table of the six operations, `LEMMA(config, ops=cpu)`, and offers what a prepared
 model calls directly: operations that take weights packed once by a `pack_...` function. Nothing
 here is differentiable; a tensor that requires a gradient is refused where autograd is on.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lemma_fast.ops import extension
+from lemma_fast.ops import Activation, extension
 from lemma_fast.ops.fused import adafm
 from lemma_fast.ops.reference import (
     compress_select,
@@ -24,7 +22,6 @@ from lemma_fast.ops.reference import (
 from lemma_fast.ops.weights import BiGRUWeights
 
 __all__ = [
-    "Activation",
     "adafm",
     "available",
     "bigru",
@@ -42,7 +39,6 @@ __all__ = [
     "winograd",
 ]
 
-Activation = Literal["none", "relu", "mish"]
 _ACTIVATIONS: dict[Activation, int] = {"none": 0, "relu": 1, "mish": 2}
 
 # Hidden units lie in blocks of this many, whatever the width of the machine's vectors.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.checkpoint import files
-from lemma_fast.model.prior import ConvNorm
+from lemma_fast.model.layers import ConvNorm
 from lemma_fast.recognizers import base, rectified
 from lemma_fast.recognizers.charset import MORAN as CHARSET
 from lemma_fast.recognizers.crnn import BidirectionalLSTM

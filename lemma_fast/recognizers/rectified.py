@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.checkpoint import files
-from lemma_fast.model.prior import ConvNorm
+from lemma_fast.model.layers import ConvNorm
 
 SIZE = (32, 100)
 """Height and width of the straightened crop."""

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.checkpoint import files
-from lemma_fast.model.layers import sinusoid
-from lemma_fast.model.prior import ConvNorm
+from lemma_fast.model.layers import ConvNorm, sinusoid
 from lemma_fast.recognizers import base
 from lemma_fast.recognizers.charset import FOCUS
 

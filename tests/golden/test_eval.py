@@ -35,7 +35,8 @@ def recorded_forward(model: LEMMA, lr: Tensor) -> dict[str, Tensor]:
 
     modules = {"block1": model.stem_act, "guidance": model.guidance}
     modules |= {f"block{i + 2}": block for i, block in enumerate(model.blocks)}
-    modules |= {"block7": model.tail, "block8": model.upsampler}
+    # The published block 7 ends before the sum that `tail` makes.
+    modules |= {"block7": model.tail.norm, "block8": model.upsampler}
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     compress_select = model.guidance.compress_select
 

@@ -1,0 +1,106 @@
+"""The network's layers for their folded forms: one network, two kinds of layers.
+
+`folded` copies a LEMMA and replaces modules by type. The copy runs `LEMMA.forward`, and every part
+that is not named here runs the reference's own code around folded layers.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from lemma_fast.acceleration.blocks import CompiledAdaFM, FoldedAdaFM, FoldedBiGRU, FoldedUpsampler
+from lemma_fast.acceleration.folding import conv, linear
+from lemma_fast.acceleration.guidance import ExactGuidance, FoldedGuidance
+from lemma_fast.acceleration.layers import Conv, Plan, Product, SelfAttention, conv_norm
+from lemma_fast.acceleration.prior import (
+    ExactPrior,
+    FoldedLanguage,
+    FoldedPositionAttention,
+    FoldedPrior,
+)
+from lemma_fast.config import LemmaConfig
+from lemma_fast.model import LEMMA
+from lemma_fast.model.blocks import AdaFM, BiGRU, RecurrentBlock, Upsampler
+from lemma_fast.model.layers import ConvNorm, TransformerLayer
+from lemma_fast.model.prior import Language, PositionAttention, TextPrior
+
+
+class Enter(nn.Module):
+    """Crops [N, 4, H, W] in the type and layout of the network's convolutions."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, lr: Tensor) -> Tensor:
+        return lr.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def folded(model: LEMMA, plan: Plan, with_attention: bool = True) -> LEMMA:
+    """Copy a network for evaluation as `plan` says; the original is not changed.
+
+    Crops and the scores of positions are in `plan.wide`, the outputs in `plan.dtype`. Without
+    `with_attention`, `prior.attn_map` keeps the size [N, T, h, w] that the prior sees.
+    """
+    network = copy.deepcopy(model).eval().requires_grad_(False)
+    network.rectifier = None
+    prior, guidance = network.prior, network.guidance
+    # These two stay apart from the rest's precision.
+    network.prior, network.guidance = nn.Identity(), nn.Identity()
+    network.stem = nn.Sequential(Enter(plan.dtype), swap(network.stem, plan))
+    swap(network, plan).to(plan.device, plan.dtype)
+    if isinstance(prior, TextPrior):
+        swap(prior, plan).to(plan.device, plan.dtype)
+        network.prior = FoldedPrior(prior, plan, with_attention)
+    else:
+        network.prior = ExactPrior(prior, plan, with_attention)
+    kind = FoldedGuidance if is_whole(model.config) else ExactGuidance
+    network.guidance = kind(guidance, plan)
+    return network
+
+
+def swap(module: nn.Module, plan: Plan) -> nn.Module:
+    """Return the folded form of a module, or the module with its children's forms in it."""
+    match module:
+        case ConvNorm():
+            return conv_norm(module, plan)
+        case nn.Conv2d():
+            return Conv(conv(module), plan, (module.stride[0], module.stride[1]))
+        case nn.Linear():
+            return Product(linear(module), plan)
+        case TransformerLayer():
+            return SelfAttention(module, plan)
+        case Language():
+            return FoldedLanguage(module, plan)
+        case BiGRU():
+            return FoldedBiGRU(module, plan)
+        case AdaFM():
+            return CompiledAdaFM(module, plan) if plan.compiled else FoldedAdaFM(module, plan)
+        case Upsampler():
+            return FoldedUpsampler(module, plan)
+        case RecurrentBlock():
+            # The norm lies before the GRU's input products.
+            module.horizontal = FoldedBiGRU(module.horizontal, plan, module.norm)
+            module.norm = nn.Identity()
+        case PositionAttention():
+            down, up = swap(module.down, plan), swap(module.up, plan)
+            return FoldedPositionAttention(module, down, up, plan)
+    for name, child in module.named_children():
+        setattr(module, name, swap(child, plan))
+    return module
+
+
+def is_whole(config: LemmaConfig) -> bool:
+    """Whether every part of the guidance is there; how many positions are selected is free."""
+    switches = (
+        config.location_enhancement,
+        config.multimodal_alignment,
+        config.character_attention,
+        config.expansion,
+        config.pixel_to_region,
+        config.alignment == "bidirectional",
+    )
+    return all(switches)
