@@ -6,9 +6,10 @@ into it, and csrc/*.cu where nvcc and a CUDA build of torch are there. A file wh
 _avx2 or _avx512 is compiled for those instructions; who calls it asks the processor first.
 
 An install never fails for want of a compiler: it says why in one sentence, leaves that sentence in
-`lemma_fast/_C.missing.txt` and goes on without the extension. `python setup.py build_ext --inplace`
-does fail. Environment: CXX, CXXFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, LEMMA_FAST_CUDA
-(1: with CUDA or not at all, 0: without).
+`lemma_fast/_C.missing.txt` and goes on without the extension. `python setup.py library` does fail;
+it builds the extension alone, into lemma_fast/, and needs no setuptools, as does `build_in_place`
+for who loads this file with `runpy.run_path("setup.py")`. Environment: CXX, CXXFLAGS, CUDA_HOME,
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, LEMMA_FAST_CUDA (1: with CUDA or not at all, 0: without).
 """
 
 from __future__ import annotations
@@ -26,9 +27,6 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from setuptools import Extension, find_packages, setup
-from setuptools.command.build_ext import build_ext
 
 FOLDERS = {
     "lemma_fast": "lemma_fast",
@@ -49,6 +47,8 @@ INSTRUCTIONS = {
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
 ARCHITECTURES = "8.0;9.0a;12.0+PTX"
+# The first that knows pyproject.toml's license expression; pyproject.toml asks for it too.
+OLDEST_SETUPTOOLS = 77
 
 
 class BuildError(Exception):
@@ -61,14 +61,6 @@ class Step(NamedTuple):
     output: str
     inputs: list[str]
     command: list[str]
-
-
-def packages() -> list[str]:
-    """Name every package below the three folders, so that a new sub-package is never forgotten."""
-    names = list(FOLDERS)
-    for package, folder in FOLDERS.items():
-        names += [f"{package}.{child}" for child in find_packages(folder)]
-    return names
 
 
 def torch_folder() -> tuple[Path, dict[str, Any]]:
@@ -106,16 +98,22 @@ def nvcc() -> str:
     raise BuildError("CUDA's compiler nvcc is not there: set CUDA_HOME to CUDA's folder")
 
 
-def cuda_libraries(compiler: str) -> Path:
-    """Return the folder of CUDA's static runtime: beside nvcc, or in the usual place."""
+def cuda_runtime(compiler: str) -> list[str]:
+    """Return what links CUDA's runtime: the static one of nvcc's toolkit, or else torch's own."""
     homes = [Path(compiler).parents[1], Path(os.path.realpath(compiler)).parents[1]]
     for home in [*homes, Path("/usr/local/cuda")]:
         for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
             if (home / name / "libcudart_static.a").is_file():
-                return home / name
+                return [f"-L{home / name}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    torch, version = torch_folder()
+    shared = f"libcudart.so.{str(version.get('cuda')).partition('.')[0]}"
+    for folder in [torch / "lib", *sorted(torch.parent.glob("nvidia/*/lib"))]:
+        if (folder / shared).is_file():
+            # Torch loads it before ours. With "defs" a function it lacks is an error of the build.
+            return [f"-L{folder}", f"-l:{shared}", "-Wl,-z,defs"]
     raise BuildError(
-        f"CUDA's static runtime libcudart_static.a is not beside {compiler}: set CUDA_HOME to the "
-        "folder of a whole CUDA toolkit"
+        f"CUDA's runtime is neither beside {compiler} (libcudart_static.a) nor in torch's folders "
+        f"({shared}): set CUDA_HOME to the folder of a whole CUDA toolkit"
     )
 
 
@@ -143,12 +141,12 @@ def plan(with_cuda: bool) -> list[Step]:
     include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     info = {"torch": version["__version__"], "flags": shlex.join(flags), "cuda": None}
     link = ["-shared", f"-L{torch / 'lib'}"]
-    steps = []
+    steps, runtime = [], []
     if with_cuda:
         info["cuda"] = " ".join(flag.rpartition("code=")[2] for flag in architecture_flags())
         cuda = nvcc()
+        runtime = cuda_runtime(cuda)
         include.append("-DLEMMA_FAST_CUDA")
-        link.append(f"-L{cuda_libraries(cuda)}")
         for source in CUDA_SOURCES:
             output = str(OBJECTS / f"{Path(source).name}.o")
             command = [cuda, *NVCC_FLAGS, f"-ccbin={cxx[0]}", *architecture_flags()]
@@ -166,7 +164,7 @@ def plan(with_cuda: bool) -> list[Step]:
     target = str(OBJECTS / LIBRARY)
     # A CUDA build of torch keeps its half in a library that only -ltorch, unused itself, loads.
     link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
-    link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if with_cuda else []
+    link += runtime
     objects = [step.output for step in steps]
     return [*steps, Step(target, objects, [*cxx, *objects, *link, "-o", target])]
 
@@ -234,40 +232,72 @@ def make_library() -> str:
     return ""
 
 
-class BuildLibrary(build_ext):
-    """Make the library and put it where setuptools would, or say why there is none."""
-
-    def run(self) -> None:
-        asked = self.inplace and not self.editable_mode
-        base = ROOT if self.inplace else Path(self.build_lib)
-        folder = base / "lemma_fast"
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            remark = make_library()
-        except BuildError as error:
-            if asked or os.environ.get("LEMMA_FAST_CUDA") == "1":
-                raise SystemExit(f"lemma-fast: {error}") from None
-            (folder / LIBRARY).unlink(missing_ok=True)
-            (folder / MISSING).write_text(f"{error}\n")
-            sys.stderr.write(f"lemma-fast is installed without its C++ extension: {error}\n")
-            return
-        if remark:
-            sys.stderr.write(f"lemma-fast: {remark}\n")
-        # A process may have the old library open: it is replaced, never written into.
-        shutil.copy(OBJECTS / LIBRARY, folder / f"{LIBRARY}.new")
-        (folder / f"{LIBRARY}.new").replace(folder / LIBRARY)
-        (folder / MISSING).unlink(missing_ok=True)
-
-    def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split(".")).with_name(LIBRARY))
+def build_into(folder: Path) -> None:
+    """Build the library into a folder of the package, and say what is to be said about it."""
+    remark = make_library()
+    if remark:
+        sys.stderr.write(f"lemma-fast: {remark}\n")
+    # A process may have the old library open: it is replaced, never written into.
+    shutil.copy(OBJECTS / LIBRARY, folder / f"{LIBRARY}.new")
+    (folder / f"{LIBRARY}.new").replace(folder / LIBRARY)
+    (folder / MISSING).unlink(missing_ok=True)
 
 
-if __name__ == "__main__":
-    extension = Extension("lemma_fast._C", [*SOURCES, *CUDA_SOURCES], py_limited_api=True)
-    setup(
-        packages=packages(),
+def build_in_place() -> None:
+    """Build the library into lemma_fast/; needs no setuptools. Raises BuildError."""
+    build_into(ROOT / "lemma_fast")
+
+
+def run_setuptools() -> None:
+    """Give setuptools the folder map, and a build_ext that makes the library or says why not."""
+    import setuptools
+
+    if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"lemma-fast: setuptools is {setuptools.__version__}, an installation needs "
+            f"{OLDEST_SETUPTOOLS} or later: run `pip install --upgrade setuptools` (the C++ "
+            "extension alone needs none: `python setup.py library`)"
+        )
+    from setuptools.command.build_ext import build_ext
+
+    class BuildLibrary(build_ext):
+        def run(self) -> None:
+            asked = self.inplace and not self.editable_mode
+            base = ROOT if self.inplace else Path(self.build_lib)
+            folder = base / "lemma_fast"
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                build_into(folder)
+            except BuildError as error:
+                if asked or os.environ.get("LEMMA_FAST_CUDA") == "1":
+                    raise SystemExit(f"lemma-fast: {error}") from None
+                (folder / LIBRARY).unlink(missing_ok=True)
+                (folder / MISSING).write_text(f"{error}\n")
+                sys.stderr.write(f"lemma-fast is installed without its C++ extension: {error}\n")
+
+        def get_ext_filename(self, fullname: str) -> str:
+            return str(Path(*fullname.split(".")).with_name(LIBRARY))
+
+    # Every package below the three folders, so that a new sub-package is never forgotten.
+    packages = list(FOLDERS)
+    for package, folder in FOLDERS.items():
+        packages += [f"{package}.{child}" for child in setuptools.find_packages(folder)]
+    sources = [*SOURCES, *CUDA_SOURCES]
+    extension = setuptools.Extension("lemma_fast._C", sources, py_limited_api=True)
+    setuptools.setup(
+        packages=packages,
         package_dir=FOLDERS,
         ext_modules=[extension] if SOURCES else [],
         cmdclass={"build_ext": BuildLibrary},
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if SOURCES else {},
     )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["library"]:
+        try:
+            build_in_place()
+        except BuildError as error:
+            raise SystemExit(f"lemma-fast: {error}") from None
+    else:
+        run_setuptools()

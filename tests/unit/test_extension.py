@@ -130,34 +130,80 @@ def test_cuda_is_left_out_aloud_or_demanded(build, monkeypatch, tmp_path):
     assert "code=sm_90a" in (build.OBJECTS / "kernel.cu.o").read_text()
 
 
-def test_an_install_without_a_compiler_goes_on_and_a_build_does_not(tmp_path):
-    """The commands themselves, on a copy with one source file."""
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "library.cpp").write_text("int one();\n")
-    for folder in ("lemma_fast", "kernels", "training"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "__init__.py").touch()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    environment = {**os.environ, "CXX": "no-such-compiler", "LEMMA_FAST_CUDA": "0"}
+def test_torchs_own_cuda_runtime_is_linked_where_the_toolkit_has_none(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "Path", lambda path: Path(str(path).replace("/usr/local", "/none")))
+    torch = tmp_path / "site-packages" / "torch"
+    monkeypatch.setattr(build, "torch_folder", lambda: (torch, {"cuda": "13.0"}))
+    nvcc = str(tmp_path / "toolkit" / "bin" / "nvcc")
+    runtimes = tmp_path / "site-packages" / "nvidia" / "cu13" / "lib"
+    runtimes.mkdir(parents=True)
+    (runtimes / "libcudart.so.12").touch()
+    with pytest.raises(build.BuildError, match="libcudart.so.13.*set CUDA_HOME"):
+        build.cuda_runtime(nvcc)
+    (runtimes / "libcudart.so.13").touch()
+    assert build.cuda_runtime(nvcc)[:2] == [f"-L{runtimes}", "-l:libcudart.so.13"]
+    static = tmp_path / "toolkit" / "lib64" / "libcudart_static.a"
+    static.parent.mkdir(parents=True)
+    static.touch()
+    assert build.cuda_runtime(nvcc)[:2] == [f"-L{static.parent}", "-lcudart_static"]
 
-    def run(*command):
+
+@pytest.fixture
+def command(tmp_path):
+    """The command `python setup.py`, on a copy of the project with one source file."""
+    copy = tmp_path / "copy"
+    for folder in ("csrc", "lemma_fast", "kernels", "training", "modules"):
+        (copy / folder).mkdir(parents=True)
+    (copy / "csrc" / "library.cpp").write_text("int one();\n")
+    for folder in ("lemma_fast", "kernels", "training"):
+        (copy / folder / "__init__.py").touch()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+
+    def run(*arguments, cxx, setuptools=None):
+        if setuptools is not None:
+            (copy / "modules" / "setuptools.py").write_text(setuptools)
+        environment = {"CXX": cxx, "LEMMA_FAST_CUDA": "0", "PYTHONPATH": str(copy / "modules")}
         return subprocess.run(
-            [sys.executable, "setup.py", "-q", *command],
-            cwd=tmp_path,
-            env=environment,
+            [sys.executable, "setup.py", *arguments],
+            cwd=copy,
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
         )
 
-    ran = run("build_ext", "--inplace")
-    assert ran.returncode == 1
-    assert ran.stderr.splitlines()[-1].startswith("lemma-fast: there is no C++ compiler")
-    ran = run("build", "--build-lib", "out")
+    return run, copy
+
+
+def test_an_install_without_a_compiler_goes_on_and_a_build_does_not(command):
+    run, copy = command
+    for arguments in (["-q", "build_ext", "--inplace"], ["library"]):
+        ran = run(*arguments, cxx="no-such-compiler")
+        assert ran.returncode == 1
+        assert ran.stderr.splitlines()[-1].startswith("lemma-fast: there is no C++ compiler")
+    ran = run("-q", "build", "--build-lib", "out", cxx="no-such-compiler")
     assert ran.returncode == 0, ran.stderr
     assert "installed without its C++ extension" in ran.stderr
-    note = tmp_path / "out" / "lemma_fast" / "_C.missing.txt"
+    note = copy / "out" / "lemma_fast" / "_C.missing.txt"
     assert note.read_text().startswith("there is no C++ compiler")
+
+
+def test_the_library_is_built_without_setuptools(command, tmp_path):
+    run, copy = command
+    (copy / "lemma_fast" / "_C.missing.txt").touch()
+    cxx = script(tmp_path / "cxx", GOOD)
+    ran = run("library", cxx=cxx, setuptools="raise ImportError('setuptools is hidden')")
+    assert ran.returncode == 0, ran.stderr
+    assert [path.name for path in (copy / "lemma_fast").glob("_C.*")] == ["_C.abi3.so"]
+    ran = run("build_ext", "--inplace", cxx=cxx)
+    assert "setuptools is hidden" in ran.stderr
+
+
+def test_an_old_setuptools_is_named(command):
+    run, _ = command
+    ran = run("build_ext", "--inplace", cxx="c++", setuptools="__version__ = '65.5.0.post1'")
+    assert ran.returncode == 1
+    assert "65.5.0.post1, an installation needs 77 or later" in ran.stderr.splitlines()[-1]
 
 
 @pytest.fixture
