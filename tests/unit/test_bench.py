@@ -70,8 +70,8 @@ def test_clock_runs_a_call_within_its_setting():
     timed = Timed(call, lambda: precision("tf32"))
     Clock(CPU).measure(timed, repeats=2)
     assert inside == [True, True]
-    assert torch.backends.cudnn.allow_tf32 is False
-    assert torch.backends.cuda.matmul.allow_tf32 is False
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 def test_ratios_are_taken_round_by_round():

@@ -106,9 +106,10 @@ RULES = {
         ("lemma_fast.ops.precision",), ("torch", "triton")
     ),
     "lemma_fast.kernels.sparse_cross_attention*": Rule(
-        (WEIGHTS, "lemma_fast.kernels.sparse_cross_attention_*"), ("torch", "triton")
+        (WEIGHTS, "lemma_fast.ops.precision", "lemma_fast.kernels.sparse_cross_attention_*"),
+        ("torch", "triton"),
     ),
-    "lemma_fast.kernels.*": Rule((WEIGHTS,), ("torch", "triton")),
+    "lemma_fast.kernels.*": Rule((WEIGHTS, "lemma_fast.ops.precision"), ("torch", "triton")),
     "lemma_fast.atomic": Rule(),
     "lemma_fast.weight_files": Rule((), ("torch", "safetensors")),
     "lemma_fast.config": Rule(),
@@ -161,7 +162,7 @@ RULES = {
         for name in ("inputs", "compare", "stream", "upscale")
     },
     "lemma_fast.export": Rule((*PUBLIC, WEIGHTS), (*CORE, "onnx", "onnxruntime")),
-    "lemma_fast.timing": Rule((), ("torch",)),
+    "lemma_fast.timing": Rule(("lemma_fast.ops.precision",), ("torch",)),
     # They compare with other runtimes where those are installed.
     "lemma_fast.bench*": Rule(
         (*PUBLIC, "lemma_fast.bench*", "lemma_fast.export", "lemma_fast.timing"),
