@@ -1,19 +1,23 @@
 """Counts the nodes of the accelerated network's CUDA graph by stage, without a GPU.
 
-    PYTHONPATH=tests/budgets python tests/budgets/graph_nodes.py
+    python tests/graph_nodes.py [--write]
 
-prints a table for each type. FakeTensors on "cuda" run the forward pass as a capture would, and
-every operator is logged. An operator is one kernel, but for those in `LAUNCHES`: a node of the
-graph is one launch. A call on the host (a copy from there, a wait) is logged too; there may be none.
+prints a table, and with --write changes budgets/graph_nodes.json, the budget. FakeTensors on "cuda"
+run the forward pass as a capture would, and every operator is logged. An operator is one kernel,
+but for those in `LAUNCHES`; a node of the graph is one launch. A call on the host (a copy from or
+to it, a wait) is logged too; there may be none.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -45,6 +49,8 @@ STAGES = {
     "rest": r".*",
 }
 ATTENTION = "cross-attention"
+COPIES = "layout copies"
+BUDGET = Path(__file__).parent / "budgets" / "graph_nodes.json"
 # Allocations and names for what is there.
 NOTHING = re.compile(
     r"aten\.(detach|alias|empty|empty_like|empty_strided|new_empty|new_empty_strided|lift_fresh"
@@ -101,9 +107,7 @@ class Log(TorchDispatchMode):
         self.nodes[stage, name] += launches(name, args, copied)
         return out
 
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
-    ) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """In place of PyTorch's, whose choice of a kernel asks the device; heads come out last."""
         count = 1 if attn_mask is None else MASKED_ATTENTION
         self.nodes[self.stage, "attention" + ("" if attn_mask is None else ", masked")] += count
@@ -126,11 +130,12 @@ class Log(TorchDispatchMode):
                 handle.remove()
 
     def by_stage(self) -> dict[str, int]:
-        """Nodes of each stage, in the order of `STAGES`, and their sum."""
+        """Nodes of each stage, in the order of `STAGES`; all; those that change a map's layout."""
         found: Counter[str] = Counter()
         for (stage, _), count in self.nodes.items():
             found[stage] += count
-        return {s: found[s] for s in (*STAGES, ATTENTION)} | {"all": found.total()}
+        sums = {"all": found.total(), COPIES: self.copies.total()}
+        return {stage: found[stage] for stage in (*STAGES, ATTENTION)} | sums
 
 
 def channels_last(x: Tensor) -> bool:
@@ -160,9 +165,9 @@ def launches(name: str, args: tuple[Any, ...], copied: int) -> int:
     return LAUNCHES.get(name, 1) + inside
 
 
-def count(dtype: torch.dtype, batch: int) -> Log:
-    """Log the forward pass of the network `base` for crops [batch, 4, 16, 64]."""
-    log = Log()
+def count(dtype: torch.dtype, batches: tuple[int, ...] = (1,)) -> list[Log]:
+    """Log the forward pass of the network `base` for each number of crops."""
+    logs = []
     # Without an index a PyTorch for the CPU would ask which device is the present one.
     device = torch.device("cuda", 0)
     plan = Plan(device, dtype, packed=False, native=False, fused=True, compiled=True)
@@ -170,15 +175,19 @@ def count(dtype: torch.dtype, batch: int) -> Log:
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
         # A library that was built without CUDA does not know.
-        mock.patch.object(adafm, "_folded_bytes", lambda *_: 16),
+        mock.patch.object(adafm, "_folded_bytes", return_value=16),
         mock.patch.object(Tensor, "contiguous", contiguous),
+        mock.patch.object(Tensor, "__getitem__", getitem),
     ):
         network = Network(LEMMA(LemmaConfig.base()).eval(), plan).eval()
-        lr = torch.empty(batch, 4, 16, 64, device=plan.device)
-        attention = mock.patch.object(F, "scaled_dot_product_attention", log.attention)
-        with log.watching(network), attention, log:
-            network(lr)
-    return log
+        for batch in batches:
+            log = Log()
+            lr = torch.empty(batch, 4, 16, 64, device=plan.device)
+            attention = mock.patch.object(F, "scaled_dot_product_attention", log.attention)
+            with log.watching(network), attention, log:
+                network(lr)
+            logs.append(log)
+    return logs
 
 
 def contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -188,20 +197,38 @@ def contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_
     return x.clone(memory_format=memory_format)
 
 
+def getitem(x: Tensor, key: Any) -> Tensor:
+    """Index by slices and None, which a PyTorch for the CPU refuses as well."""
+    dim = 0
+    for part in key if isinstance(key, tuple) else (key,):
+        if part is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(part, slice):
+            start, end, step = part.indices(x.shape[dim])
+            if end - start < x.shape[dim] or step != 1:
+                x = torch.ops.aten.slice(x, dim, start, end, step)
+        else:
+            x = x.select(dim, part)
+            continue
+        dim += 1
+    return x
+
+
 def main() -> None:
-    logs = {str(dtype).removeprefix("torch."): count(dtype, 1) for dtype in DTYPES}
+    logs = {str(dtype).removeprefix("torch."): count(dtype)[0] for dtype in DTYPES}
     rows = {name: log.by_stage() for name, log in logs.items()}
     print(f"{'nodes':20}" + "".join(f"{name:>10}" for name in rows))
     for stage in next(iter(rows.values())):
         print(f"{stage:20}" + "".join(f"{row[stage]:10}" for row in rows.values()))
-    print(f"{'layout copies':20}" + "".join(f"{log.copies.total():10}" for log in logs.values()))
-    print(f"{'on the host':20}" + "".join(f"{len(log.host):10}" for log in logs.values()))
+    print(f"{'calls on the host':20}" + "".join(f"{len(log.host):10}" for log in logs.values()))
     print("\nbfloat16, by operator")
     operators: Counter[str] = Counter()
     for (_, name), number in logs["bfloat16"].nodes.items():
         operators[name] += number
     for name, number in operators.most_common():
         print(f"{number:5} {name}")
+    if "--write" in sys.argv[1:]:
+        BUDGET.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
