@@ -20,9 +20,12 @@ from lemma_fast import LEMMA, load
 # product would stray by 3e-4.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 GRADIENT = 1e-2
-# One position exchanged among the selected moves an image of the packaged network by up to 4e-4.
-EXCHANGED = 1e-3
+# One position exchanged among the selected moves an image of the packaged network by up to 4e-4. In
+# half precision another length may be read: text logits see other characters, and are others.
+EXCHANGED = {"sr": 1e-3}
+EXCHANGED_HALF = {"sr": 0.1, "text_logits": 1.0}
 MOVED = 1e-6
+PRIOR = ("attn_map", "img_logits", "text_logits")
 
 
 def crops(count: int, device: str = "cpu") -> Tensor:
@@ -53,9 +56,10 @@ def assert_outputs_near(
         with torch.autocast(lr.device.type, dtype, enabled=half):
             strayed, same = reference(lr if half else moved(lr))
         sr, read = network(lr)
-    for name in ("attn_map", "img_logits", "text_logits"):
-        _near(name, *(getattr(each, name) for each in (read, prior, same)), LIMITS[dtype])
-    _near("sr", sr, expected, strayed, LIMITS[dtype], EXCHANGED)
+    exchanged = EXCHANGED_HALF if half else EXCHANGED
+    rows = {name: [getattr(each, name) for each in (read, prior, same)] for name in PRIOR}
+    for name, row in {**rows, "sr": [sr, expected, strayed]}.items():
+        _near(name, *row, LIMITS[dtype], exchanged.get(name, 0.0))
     if not half:
         assert torch.equal(read.pt_lengths, prior.pt_lengths)
 
@@ -66,7 +70,7 @@ def _near(
     expected: Tensor,
     strayed: Tensor,
     limit: float,
-    exchanged: float = 0.0,
+    exchanged: float,
 ) -> None:
     """One image in four, or one, may be as far as `exchanged`."""
     assert got.shape == expected.shape, name
