@@ -165,7 +165,7 @@ def launches(name: str, args: tuple[Any, ...], copied: int) -> int:
     return LAUNCHES.get(name, 1) + inside
 
 
-def count(dtype: torch.dtype, batches: tuple[int, ...] = (1,)) -> list[Log]:
+def count(dtype: torch.dtype, batches: tuple[int, ...] = (64,)) -> list[Log]:
     """Log the forward pass of the network `base` for each number of crops."""
     logs = []
     # Without an index a PyTorch for the CPU would ask which device is the present one.

@@ -15,8 +15,9 @@ pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(exte
 def test_the_graph_keeps_its_budget(dtype):
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))[str(dtype).removeprefix("torch.")]
     one, many = count(dtype, (1, 64))
-    found = one.by_stage()
-    assert many.by_stage() == found
+    found = many.by_stage()
+    # One image saves the copy that repeats the language model's first queries.
+    assert one.by_stage() == {**found, "language": found["language"] - 1, "all": found["all"] - 1}
     assert one.host == many.host == []
     assert found.keys() == budget.keys()
     for stage, nodes in found.items():
@@ -37,7 +38,7 @@ class Chatty(torch.nn.Module):
         if self.how == "addition":
             return tokens + 1
         if self.how == "from the host":
-            return tokens + torch.ones(tokens.shape[2]).to(tokens.device)
+            return tokens + torch.ones(tokens.shape[2], dtype=tokens.dtype).to(tokens.device)
         if self.how == "to the host":
             tokens.cpu()
         return tokens
