@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemma_fast.ops.precision import products_allow_tf32
 from lemma_fast.ops.weights import BiGRUWeights
 
 # The launch table, chosen by compiled resources (no spills). Not run on a GPU, not tuned.
@@ -334,7 +335,7 @@ def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
 
     `features` [N, C, H, W] in fp32, fp16 or bf16 with any strides, C up to 128; hidden up to 64;
     any length. Parameters may be of another type. State and sums are fp32; products of fp32 maps
-    are of full precision unless `torch.set_float32_matmul_precision` allows less. Deterministic.
+    are of full precision unless `torch.backends.cuda.matmul` allows TF32. Deterministic.
     Under CUDA autocast the features are cast, as cuDNN's are. Raises ValueError otherwise.
     """
     if axis not in (2, 3):
@@ -371,9 +372,8 @@ def _sizes(
     """Return the number of sequences; C, H and L; the blocks and the products' precision."""
     N, C = features.shape[:2]
     H = weights[1].shape[1]
-    exact = torch.get_float32_matmul_precision() == "highest"
     block_c, block_h = (max(16, triton.next_power_of_2(size)) for size in (C, H))
-    blocks = (_BLOCK_S, block_c, block_h, "tf32x3" if exact else "tf32")
+    blocks = (_BLOCK_S, block_c, block_h, "tf32" if products_allow_tf32() else "tf32x3")
     return N * features.shape[5 - axis], (C, H, features.shape[axis]), blocks
 
 

@@ -256,7 +256,7 @@ def sparse_cross_attention(
     C up to 128, divided by up to 8 heads, feed-forward width up to 256; any N, T, K, H, W and
     strides. Rows of `index` name distinct positions. Parameters may be of another type. Rows stay
     in fp32 between products; products of fp32 rows are of full precision unless
-    `torch.set_float32_matmul_precision` allows less. `seed` is one int64 number on the device; with
+    `torch.backends.cuda.matmul` allows TF32. `seed` is one int64 number on the device; with
     dropout and without it, one is drawn there. Under autocast the rows are cast to its type, and
     the result is of the reference's. Raises ValueError otherwise.
     """

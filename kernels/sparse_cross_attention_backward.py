@@ -27,6 +27,7 @@ from lemma_fast.kernels.sparse_cross_attention_layer import (
     unselected,
     vector,
 )
+from lemma_fast.ops.precision import products_allow_tf32
 
 
 def _block(size: int) -> int:
@@ -69,14 +70,13 @@ class Sizes(NamedTuple):
         """Blocks, precision, warps and registers for rows of a type of that many bytes."""
         # Given the choice, ptxas spills a little of half types for one more block.
         keys, warps, registers = (16, 8, None) if itemsize == 4 else (32, 4, 255)
-        exact = torch.get_float32_matmul_precision() == "highest"
         return {
             "BLOCK_L": _BLOCK_L,
             "BLOCK_S": min(keys, _block(self.keys)),
             "BLOCK_C": _block(self.channels),
             "BLOCK_D": _block(self.channels // self.heads),
             "BLOCK_F": _block(self.feedforward),
-            "PRECISION": "tf32x3" if exact else "tf32",
+            "PRECISION": "tf32" if products_allow_tf32() else "tf32x3",
             "num_warps": warps,
             "maxnreg": registers,
         }

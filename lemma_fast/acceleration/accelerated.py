@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, Literal, overload
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from lemma_fast.acceleration.graphs import CudaRecorder
-from lemma_fast.acceleration.layers import Plan, can_pack, tensor_cores
-from lemma_fast.acceleration.parts import Parts, Recordings
+from lemma_fast.acceleration.layers import Plan, can_pack
+from lemma_fast.acceleration.parts import Parts, Recordings, Run
 from lemma_fast.acceleration.swap import folded
 from lemma_fast.checkpoint import CheckpointError, from_published
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import Prior
 from lemma_fast.ops import Operations, cpu, extension
+from lemma_fast.ops.precision import tensor_cores
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Larger parts run no faster an image: on the CPU they leave its caches, on a GPU it is full.
@@ -51,12 +53,14 @@ class Accelerated(nn.Module):
         self.network = network.eval()
         self.why_plain = why_plain
         self.recordings: Recordings | None = None
-        run: Callable[[Tensor], tuple[Tensor, ...]] = self._run
+        # Nothing below refers to self: what goes with the last reference never waits for the
+        # collector, which may come during a capture.
+        run: Run = partial(_run, network, plan.wide, tf32)
         if graphs:
             shape = (self.config.in_channels, *self.config.size)
-            recorder = CudaRecorder(self._run, shape, plan.wide, plan.device)
+            recorder = CudaRecorder(run, shape, plan.wide, plan.device)
             run = self.recordings = Recordings(recorder, KEPT_GRAPHS, reuse_output)
-        self.parts = Parts(run, max_batch, self._free)
+        self.parts = Parts(run, max_batch, partial(_free, self.recordings, plan.device))
         self.training = False
 
     @property
@@ -121,18 +125,21 @@ class Accelerated(nn.Module):
             "an accelerated model stays where it is: move the original and accelerate that"
         )
 
-    def _run(self, lr: Tensor) -> tuple[Tensor, ...]:
-        exact = self.plan.wide
-        with tensor_cores(self.tf32):
-            sr, prior = self.network(lr.to(exact))
-            logits = prior.img_logits.to(exact), prior.text_logits.to(exact)
-            return sr.to(exact), prior.attn_map, *logits, prior.pt_lengths
 
-    def _free(self) -> None:
-        if self.recordings is not None:
-            self.recordings.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+def _run(network: LEMMA, exact: torch.dtype, tf32: bool | None, lr: Tensor) -> tuple[Tensor, ...]:
+    """All outputs of one batch, in `exact`."""
+    with tensor_cores(tf32):
+        sr, prior = network(lr.to(exact))
+        logits = prior.img_logits.to(exact), prior.text_logits.to(exact)
+        return sr.to(exact), prior.attn_map, *logits, prior.pt_lengths
+
+
+def _free(recordings: Recordings | None, device: torch.device) -> None:
+    """Give back the memory that recordings and PyTorch's cache hold."""
+    if recordings is not None:
+        recordings.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @overload

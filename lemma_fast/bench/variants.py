@@ -84,8 +84,8 @@ def default_plan(device: torch.device, quick: bool = False) -> Plan:
 
 
 def precision(name: str) -> AbstractContextManager[None]:
-    """Set PyTorch's TF32 switches to what `name` asks for."""
-    return tensor_cores(name != "float32")
+    """Set PyTorch's TF32 switches, old and new, to what `name` asks for."""
+    return tensor_cores(name != "float32", old_interface=True)
 
 
 def crops(model: LEMMA, batch: int, device: torch.device, seed: int = 0) -> Tensor:

@@ -64,7 +64,7 @@ def test_inference(size, dtype):
 def test_tf32_is_used_where_it_is_allowed():
     given = inputs((2, 64, 16, 64))
     strict = distance(fused.adafm(*given, False), exact(*given))
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     loose = distance(fused.adafm(*given, False), exact(*given))
     assert strict <= FORWARD
     assert 10 * strict < loose <= 2e-3

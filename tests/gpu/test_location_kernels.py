@@ -89,7 +89,7 @@ def test_tf32_is_used_where_it_is_allowed():
     given = inputs(2)["gather_region"]
     exact = reference.gather_region(*(x.double() if x.is_floating_point() else x for x in given))
     strict = (fused.gather_region(*given) - exact).norm() / exact.norm()
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     loose = (fused.gather_region(*given) - exact).norm() / exact.norm()
     assert strict <= FORWARD
     assert 10 * strict < loose <= 2e-3

@@ -7,11 +7,19 @@ import torch
 from tiny_network import tiny_config
 
 from lemma_fast import LEMMA, LemmaConfig
-from lemma_fast.bench import stages as bench_parts
-from lemma_fast.bench import variants as bench
 from lemma_fast.bench.run import as_line, run
-from lemma_fast.bench.timing import Clock, Rates, Timed, environment, in_turn, ratios, spread
+from lemma_fast.bench.timing import (
+    Clock,
+    Rates,
+    Timed,
+    environment,
+    in_turn,
+    ratios,
+    spread,
+)
 from lemma_fast.bench.variants import Plan, Unavailable, Variants, count_work, precision, time_model
+from lemma_fast.bench.variants import stages as bench_parts
+from lemma_fast.bench.variants import variants as bench
 
 CPU = torch.device("cpu")
 PLAN = Plan((1, 2), ("float32",), ("reference", "compiled"), seconds=0.0, rounds=(2, 2))
@@ -72,8 +80,8 @@ def test_clock_runs_a_call_within_its_setting():
     timed = Timed(call, lambda: precision("tf32"))
     Clock(CPU).measure(timed, repeats=2)
     assert inside == [True, True]
-    assert torch.backends.cudnn.allow_tf32 is False
-    assert torch.backends.cuda.matmul.allow_tf32 is False
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 def test_ratios_are_taken_round_by_round():
