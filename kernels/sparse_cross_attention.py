@@ -41,7 +41,7 @@ from lemma_fast.ops.weights import CrossAttentionWeights
 
 
 @triton.jit
-def _forward(query, key, value, index, params, seed, out, query_strides, key_strides,
+def _forward(query, key, value, index, parameters, seed, out, query_strides, key_strides,
              value_strides, p, LAYERS: tl.constexpr, GIVEN: tl.constexpr, S: tl.constexpr,
              C: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr,
              SHARE: tl.constexpr, SITE: tl.constexpr, ZERO_ROW: tl.constexpr,
@@ -70,7 +70,7 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
             at = (layer * STATES * tl.num_programs(0) + n) * slots + tile * BLOCK_L
             tl.store(out + at * C + own, x, mask=(c < C)[None, :])
         site = SITE + 4 * layer
-        weight = params + layer * (4 * C * C + 2 * F * C + F + 9 * C)
+        weight = parameters + layer * (4 * C * C + 2 * F * C + F + 9 * C)
         bias = weight + 3 * C * C
         out_weight = bias + 3 * C
         y = tl.zeros([BLOCK_L, BLOCK_C], tl.float32) + vector(out_weight + C * C, C, BLOCK_C)
@@ -125,15 +125,15 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
 
 
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, params: Tensor, seed: Tensor | None,
-    out: Tensor, sizes: Sizes, p: float, states: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, parameters: Tensor,
+    seed: Tensor | None, out: Tensor, sizes: Sizes, p: float, states: int = 0,
 ) -> None:  # fmt: skip
     """Run one direction into `out`, or with `states` = 6 leave each layer's input there instead."""
     # The last layer's input is the end of the last layer but one.
     layers, *constants = sizes.constants()
     with torch.cuda.device_of(query):
         _forward[query.shape[0], sizes.tiles](
-            query, key, value, index, params, seed, out, query.stride(), key.stride(),
+            query, key, value, index, parameters, seed, out, query.stride(), key.stride(),
             value.stride(), p, layers - (states > 0), *constants, DROPOUT=p > 0, STATES=states,
             **sizes.launch(query.itemsize),
         )  # fmt: skip
@@ -145,8 +145,8 @@ def _directions(
     _, K, C = selected.shape
     T = text.shape[1]
 
-    def sizes(params: Tensor, rows: int, keys: int, positions: int) -> Sizes:
-        layers, count = params.shape
+    def sizes(parameters: Tensor, rows: int, keys: int, positions: int) -> Sizes:
+        layers, count = parameters.shape
         feedforward = (count - 4 * C * C - 9 * C) // (2 * C + 1)
         return Sizes(layers, rows, keys, C, feedforward, heads, positions)
 
@@ -192,12 +192,14 @@ def _sparse_cross_attention_backward(
     first, second = _directions(text, selected, to_text, to_image, grad_out.shape[2], heads)
 
     def gradients(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, params: Tensor, sizes: Sizes
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, parameters: Tensor, sizes: Sizes
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         narrow = query.new_empty(sizes.layers, 6, N * sizes.slots, C)
         if sizes.layers:
-            _run(query, key, value, index, params, seed, narrow, sizes, p, states=6)
-        return direction_gradients(grad, query, key, value, index, params, seed, narrow, sizes, p)
+            _run(query, key, value, index, parameters, seed, narrow, sizes, p, states=6)
+        return direction_gradients(
+            grad, query, key, value, index, parameters, seed, narrow, sizes, p
+        )
 
     grad_selected, grad_key, grad_text, grad_to_image = gradients(
         grad_out, selected, key, text, to_image, second
