@@ -37,7 +37,7 @@ from lemma_fast.kernels.sparse_cross_attention_layer import (
     unselected,
     vector,
 )
-from lemma_fast.ops.weights import CrossAttentionWeights
+from lemma_fast.ops.weights import CrossAttentionWeights, PackedLayers
 
 
 @triton.jit
@@ -289,6 +289,8 @@ def _packed(layers: Sequence[CrossAttentionWeights], rows: Tensor) -> Tensor:
     if not layers:
         C = rows.shape[2]
         return rows.new_empty(0, 4 * C * C + 9 * C)
+    if isinstance(layers, PackedLayers):
+        return layers.packed
     flat = torch.cat([weight.reshape(-1) for layer in layers for weight in layer])
     return flat.view(len(layers), -1)
 
