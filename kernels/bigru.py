@@ -38,22 +38,20 @@ def _matrix(pointer, gate, zero, INPUTS, H: tl.constexpr, BLOCK_IN: tl.constexpr
     """Load one gate's matrix as [INPUTS, H]."""
     i = tl.arange(0, BLOCK_IN)[:, None] + zero
     j = tl.arange(0, BLOCK_H)[None, :] + zero
-    at = pointer + (gate * H + j) * INPUTS + i
-    return tl.load(at, mask=(i < INPUTS) & (j < H), other=0.0).to(DOT)
+    inside = (i < INPUTS) & (j < H)
+    return tl.load(pointer + (gate * H + j) * INPUTS + i, mask=inside, other=0.0).to(DOT)
 
 
 @triton.jit
 def _matrices(ih, hh, C, H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
               DOT: tl.constexpr):  # fmt: skip
     """Load one direction's matrices: for each gate the input's and the state's."""
-    return (
-        _matrix(ih, 0, 0, C, H, BLOCK_C, BLOCK_H, DOT),
-        _matrix(hh, 0, 0, H, H, BLOCK_H, BLOCK_H, DOT),
-        _matrix(ih, 1, 0, C, H, BLOCK_C, BLOCK_H, DOT),
-        _matrix(hh, 1, 0, H, H, BLOCK_H, BLOCK_H, DOT),
-        _matrix(ih, 2, 0, C, H, BLOCK_C, BLOCK_H, DOT),
-        _matrix(hh, 2, 0, H, H, BLOCK_H, BLOCK_H, DOT),
-    )
+    w_ir = _matrix(ih, 0, 0, C, H, BLOCK_C, BLOCK_H, DOT)
+    w_hr = _matrix(hh, 0, 0, H, H, BLOCK_H, BLOCK_H, DOT)
+    w_iz = _matrix(ih, 1, 0, C, H, BLOCK_C, BLOCK_H, DOT)
+    w_hz = _matrix(hh, 1, 0, H, H, BLOCK_H, BLOCK_H, DOT)
+    w_in = _matrix(ih, 2, 0, C, H, BLOCK_C, BLOCK_H, DOT)
+    return w_ir, w_hr, w_iz, w_hz, w_in, _matrix(hh, 2, 0, H, H, BLOCK_H, BLOCK_H, DOT)
 
 
 @triton.jit
@@ -359,10 +357,12 @@ _bigru.register_autograd(_gradients, setup_context=_setup_context)
 def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
     """Run `ops.reference.bigru`'s recurrence; the result is laid out in memory as `features` is.
 
-    `features` [N, C, H, W] in fp32, fp16 or bf16 with any strides, C up to 128; hidden up to 64;
-    any length. Parameters may be of another type. State and sums are fp32; products of fp32 maps
-    are of full precision unless `torch.set_float32_matmul_precision` allows less. Deterministic.
-    Under CUDA autocast the features are cast, as cuDNN's are. Raises ValueError otherwise.
+    `features` [N, C, H, W] in fp32, fp16 or bf16 with any strides; any length. C up to 128 and
+    hidden up to 64, which fit the 99 KiB of shared memory of the smallest device (sm_120); in fp32
+    beyond 64 and 32 registers spill: right, but slow. Parameters may be of another type. State and
+    sums are fp32; products of fp32 maps are of full precision unless
+    `torch.set_float32_matmul_precision` allows less. Deterministic. Under CUDA autocast the
+    features are cast, as cuDNN's are. Raises ValueError otherwise.
     """
     if axis not in (2, 3):
         raise ValueError(f"axis is {axis}; 2 runs along the height, 3 along the width")
@@ -372,7 +372,10 @@ def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
     if features.dim() != 4 or features.shape[1] != C:
         raise ValueError(f"features are {[*features.shape]}, the weights take [N, {C}, H, W]")
     if C > 128 or hidden > 64:
-        raise ValueError(f"C = {C}, hidden = {hidden}: the fused GRU takes up to 128 and 64")
+        raise ValueError(
+            f"C = {C}, hidden = {hidden}: the fused GRU takes up to 128 and 64 in {features.dtype} "
+            "(more do not fit a device's registers and shared memory); use ops.reference"
+        )
     if features.is_cuda and torch.is_autocast_enabled("cuda"):
         features = features.to(torch.get_autocast_dtype("cuda"))
     return _bigru(features, axis, list(weights))
@@ -402,7 +405,6 @@ def _sizes(
     block_c, block_h = (max(16, triton.next_power_of_2(size)) for size in (C, H))
     blocks = (_BLOCK_S, block_c, block_h, "tf32x3" if exact else "tf32")
     # Of full fp32 two TF32 parts are kept.
-    kept = 3 * (block_c + block_h) * block_h * features.itemsize
-    kept *= 2 if exact and features.itemsize == 4 else 1
-    sizes = (C, H, features.shape[axis])
-    return N * features.shape[5 - axis], sizes, blocks, kept <= _KEPT_BYTES
+    parts = 2 if exact and features.itemsize == 4 else 1
+    keep = 3 * (block_c + block_h) * block_h * features.itemsize * parts <= _KEPT_BYTES
+    return N * features.shape[5 - axis], (C, H, features.shape[axis]), blocks, keep

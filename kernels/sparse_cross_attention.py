@@ -310,10 +310,12 @@ def _check(
         raise ValueError(f"{K} rows are selected, the map has {positions} positions")
     if C > 128 or heads > 8 or C % heads:
         raise ValueError(
-            f"{C} channels, {heads} heads: up to 128 channels, divided by up to 8 heads"
+            f"{C} channels, {heads} heads: the fused attention takes up to 128 channels, divided "
+            f"by up to 8 heads, in {selected.dtype} (more do not fit a device); use ops.reference"
         )
     for layer in layers:
         if layer.linear1_weight.shape[0] > 256:
             raise ValueError(
-                f"the MLP is {layer.linear1_weight.shape[0]} wide, at most 256 will do"
+                f"the MLP is {layer.linear1_weight.shape[0]} wide: the fused attention takes up to "
+                f"256 in {selected.dtype} (more do not fit a device); use ops.reference"
             )
