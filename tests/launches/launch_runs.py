@@ -1,9 +1,10 @@
 """What `test_launches.py` runs on a fake device, in a process of its own; prints JSON.
 
-    python launch_runs.py network|corners
+    python launch_runs.py network|corners|refused
 
 `network` gives {run: [launches]} for accelerated forward passes and training steps of `base`;
-`corners` the same for every fused operation at the limits that its docstring promises.
+`corners` the same for every fused operation at the limits that its docstring promises; `refused`
+gives {call: error} for calls beyond these limits.
 """
 
 from __future__ import annotations
@@ -139,17 +140,53 @@ def corners() -> Runs:
             yield f"location_enhance {precision} P=4096 {'NHWC' if last else 'NCHW'}"
 
 
+def adafm_of(C: int, dtype: torch.dtype) -> None:
+    with torch.device("cuda"):
+        fusion = LEMMA(replace(LemmaConfig.base(), channels=C, num_blocks=1)).blocks[0].fusion
+    maps = empty(2, C, 16, 64, dtype=dtype), empty(2, C, 16, 64, dtype=dtype)
+    fused.adafm(*maps, fusion.weights(), True).sum().backward()
+
+
+def refused() -> dict[str, str]:
+    """Return the errors of calls just beyond the limits; those at AdaFM's limit pass."""
+    said = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        adafm_of(64, dtype)
+        for call, *sizes in (
+            (adafm_of, 72),
+            (bigru, 129, 64),
+            (bigru, 128, 65),
+            (sparse_cross_attention, 136, 8, 256),
+            (sparse_cross_attention, 128, 16, 256),
+            (sparse_cross_attention, 128, 8, 257),
+            (compress_select, 26, 64, 129),
+            (location_enhance, 64, 32, 129),
+        ):
+            extra = (False,) if call is location_enhance else ()
+            try:
+                call(*sizes, dtype, *extra)
+            except ValueError as error:
+                said[f"{call.__name__} {sizes} {dtype}"] = str(error)
+            else:
+                raise AssertionError(f"{call.__name__} took {sizes} in {dtype}")
+    return said
+
+
 def main() -> None:
     # The extension of a CPU build knows nothing of CUDA; what a CUDA build's launches is not
     # Triton's, and here its calls are only announced.
     build = extension.build_info()
     extension.build_info = lambda: {**build, "cuda": "any"}
     adafm._folded_bytes = lambda *sizes: 1
-    done = {}
+    done: dict[str, object] = {}
     with fake_device.fake_device() as launches:
-        for name in {"network": network, "corners": corners}[sys.argv[1]]():
-            done[name] = [launch._asdict() for launch in launches]
-            launches.clear()
+        if sys.argv[1] == "refused":
+            done |= refused()
+            assert not launches
+        else:
+            for name in {"network": network, "corners": corners}[sys.argv[1]]():
+                done[name] = [launch._asdict() for launch in launches]
+                launches.clear()
     json.dump(done, sys.stdout)
 
 

@@ -106,6 +106,14 @@ def test_the_limits_launch(libraries, capability, record_property):
     assert all(runs.values())
 
 
+def test_what_is_beyond_the_limits_is_refused_before_a_launch(libraries):
+    errors = launch_runs(libraries, 90, "refused")
+    assert len(errors) == 16
+    for call, error in errors.items():
+        assert "use ops.reference" in error, f"{call}: {error}"
+        assert any(size in error for size in re.findall(r"\d+", call)), f"{call}: {error}"
+
+
 def taken_names() -> set[str]:
     """Names of Triton's at a launch: in the function that binds the arguments, and its options."""
     source = inspect.getsource(jit.create_function_from_signature)
