@@ -26,8 +26,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-from lemma_fast.kernels.sparse_cross_attention_backward import Sizes, direction_gradients
+from lemma_fast.kernels.sparse_cross_attention_backward import Sizes, block, direction_gradients
 from lemma_fast.kernels.sparse_cross_attention_layer import (
     attend,
     dropout,
@@ -256,11 +257,13 @@ def sparse_cross_attention(
     """Run `ops.reference.sparse_cross_attention`; `text`, `selected` in one of fp32, fp16 and bf16.
 
     C up to 128, divided by up to 8 heads, feed-forward width up to 256; any N, T, K, H, W and
-    strides. Rows of `index` name distinct positions. Parameters may be of another type. Rows stay
-    in fp32 between products; products of fp32 rows are of full precision unless
-    `torch.set_float32_matmul_precision` allows less. `seed` is one int64 number on the device; with
-    dropout and without it, one is drawn there. Under autocast the rows are cast to its type, and
-    the result is of the reference's. Raises ValueError otherwise.
+    strides. Beyond C = 64 registers spill: right, but slow. Beyond C = 64 and a width of 128, fp32
+    rows with gradients take 128 KiB of shared memory, which sm_120 has not. Rows of `index` name
+    distinct positions. Parameters may be of another type. Rows stay in fp32 between products;
+    products of fp32 rows are of full precision unless `torch.set_float32_matmul_precision` allows
+    less. `seed` is one int64 number on the device; with dropout and without it, one is drawn there.
+    Under autocast the rows are cast to its type, and the result is of the reference's. Raises
+    ValueError otherwise.
     """
     H, W = size
     _check(text, selected, index, H * W, (*image_to_text, *text_to_image), num_heads)
@@ -278,10 +281,32 @@ def sparse_cross_attention(
         seed = torch.randint(2**62, (), device=selected.device)
     rows = index.to(torch.int32).contiguous()
     to_text, to_image = (_packed(layers, selected) for layers in (image_to_text, text_to_image))
+    trained = any(x.requires_grad for x in (text, selected, to_text, to_image))
+    if selected.is_cuda and trained and torch.is_grad_enabled():
+        _check_backward(selected, (*image_to_text, *text_to_image))
     return _sparse_cross_attention(
         text, selected, rows, to_text, to_image, seed if dropout > 0 else None, H, W, num_heads,
         dropout, dtype,
     )[0]  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(device: int) -> int:
+    """What a block of a device may have, in bytes."""
+    properties: dict[str, int] = driver.active.utils.get_device_properties(device)
+    return properties["max_shared_mem"]
+
+
+def _check_backward(selected: Tensor, layers: Sequence[CrossAttentionWeights]) -> None:
+    """The backward kernel holds a matrix of the MLP in shared memory."""
+    C = selected.shape[2]
+    F = max(layer.linear1_weight.shape[0] for layer in layers)
+    needed, has = block(C) * block(F) * selected.itemsize, _shared_memory(selected.get_device())
+    if needed > has:
+        raise ValueError(
+            f"{C} channels with an MLP {F} wide in {selected.dtype} need {needed} bytes of shared "
+            f"memory for gradients, {selected.device} has {has}: use half types or ops.reference"
+        )
 
 
 def _packed(layers: Sequence[CrossAttentionWeights], rows: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from lemma_fast.kernels.sparse_cross_attention_layer import (
 )
 
 
-def _block(size: int) -> int:
+def block(size: int) -> int:
+    """The block that a kernel takes for an axis."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -72,10 +73,10 @@ class Sizes(NamedTuple):
         exact = torch.get_float32_matmul_precision() == "highest"
         return {
             "BLOCK_L": _BLOCK_L,
-            "BLOCK_S": min(keys, _block(self.keys)),
-            "BLOCK_C": _block(self.channels),
-            "BLOCK_D": _block(self.channels // self.heads),
-            "BLOCK_F": _block(self.feedforward),
+            "BLOCK_S": min(keys, block(self.keys)),
+            "BLOCK_C": block(self.channels),
+            "BLOCK_D": block(self.channels // self.heads),
+            "BLOCK_F": block(self.feedforward),
             "PRECISION": "tf32x3" if exact else "tf32",
             "num_warps": warps,
             "maxnreg": registers,

@@ -107,8 +107,8 @@ def test_the_limits_launch(libraries, capability, record_property):
 
 
 def test_what_is_beyond_the_limits_is_refused_before_a_launch(libraries):
-    errors = launch_runs(libraries, 90, "refused")
-    assert len(errors) == 16
+    errors = launch_runs(libraries, 120, "refused")
+    assert len(errors) == 17
     for call, error in errors.items():
         assert "use ops.reference" in error, f"{call}: {error}"
         assert any(size in error for size in re.findall(r"\d+", call)), f"{call}: {error}"
