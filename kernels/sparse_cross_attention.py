@@ -305,7 +305,8 @@ def _check_backward(selected: Tensor, layers: Sequence[CrossAttentionWeights]) -
     if needed > has:
         raise ValueError(
             f"{C} channels with an MLP {F} wide in {selected.dtype} need {needed} bytes of shared "
-            f"memory for gradients, {selected.device} has {has}: take half types, or use ops.reference"
+            f"memory for gradients, {selected.device} has {has}: take half types or use "
+            "ops.reference"
         )
 
 
