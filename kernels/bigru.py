@@ -29,7 +29,7 @@ _BLOCK_P = {2: 32, 4: 16}
 _WARPS_SUMS = 4
 _SHARES = 64
 # Matrices up to this size are kept in shared memory, of which the smallest device has 99 KiB.
-_KEPT_BYTES = 72 * 1024
+_KEPT_BYTES = {2: 64 * 1024, 4: 72 * 1024}
 
 
 @triton.jit
@@ -406,5 +406,8 @@ def _sizes(
     blocks = (_BLOCK_S, block_c, block_h, "tf32x3" if exact else "tf32")
     # Of full fp32 two TF32 parts are kept.
     parts = 2 if exact and features.itemsize == 4 else 1
-    keep = 3 * (block_c + block_h) * block_h * features.itemsize * parts <= _KEPT_BYTES
+    keep = (
+        3 * (block_c + block_h) * block_h * features.itemsize * parts
+        <= _KEPT_BYTES[features.itemsize]
+    )
     return N * features.shape[5 - axis], (C, H, features.shape[axis]), blocks, keep

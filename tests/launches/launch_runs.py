@@ -133,13 +133,15 @@ def corners() -> Runs:
     """Yield the name of each run after its launches."""
     for precision in ("bf16", "fp32", "tf32"):
         dtype = use(precision)
-        for C, hidden in ((128, 64), (64, 64), (128, 32)):
+        for C, hidden in ((128, 64), (64, 64), (128, 32))[: 1 if precision == "bf16" else 3]:
             bigru(C, hidden, dtype)
             yield f"bigru {precision} C={C} hidden={hidden}"
         if precision in ATTENTION[fake_device.CAPABILITY]:
             C, heads, feedforward = ATTENTION[fake_device.CAPABILITY][precision]
             sparse_cross_attention(C, heads, feedforward, dtype)
             yield f"sparse_cross_attention {precision} C={C} heads={heads} F={feedforward}"
+        if precision == "tf32":
+            continue
         gather_region(256, 256, 1024, dtype)
         yield f"gather_region {precision} C=256 D=256 K=1024"
         compress_select(26, 64, 128, dtype)
