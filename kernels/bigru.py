@@ -358,9 +358,9 @@ def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
     """Run `ops.reference.bigru`'s recurrence; the result is laid out in memory as `features` is.
 
     `features` [N, C, H, W] in fp32, fp16 or bf16 with any strides; any length. C up to 128 and
-    hidden up to 64, which fit the 99 KiB of shared memory of the smallest device (sm_120); in fp32
-    beyond 64 and 32 registers spill: right, but slow. Parameters may be of another type. State and
-    sums are fp32; products of fp32 maps are of full precision unless
+    hidden up to 64, which fit the 99 KiB of shared memory of the smallest device (sm_120); near
+    these, and in fp32 beyond 64 and 32, registers spill: right, but slow. Parameters may be of
+    another type. State and sums are fp32; products of fp32 maps are of full precision unless
     `torch.set_float32_matmul_precision` allows less. Deterministic. Under CUDA autocast the
     features are cast, as cuDNN's are. Raises ValueError otherwise.
     """
