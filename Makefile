@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench fonts system-deps clean
+.PHONY: help demo test launches lint format types bench fonts system-deps clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ demo: $(VENV)/.package  ## set up, then double the size of the crops in examples
 
 test: lint types  ## set up with all tools, then lint, types and tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# .venv with another Triton in front of its own.
+launches: $(VENV)/.tools  ## prove every kernel launch without a GPU, e.g. with TRITON=3.6.0
+	@test -n '$(TRITON)' || { echo "Name a release: make launches TRITON=3.6.0" >&2; exit 1; }
+	@test -d build/triton-$(TRITON) || $(PIP_INSTALL) -qq --no-deps \
+	    --target build/triton-$(TRITON) 'triton==$(TRITON)'
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/launches
 
 lint: $(VENV)/.tools  ## check style and formatting
 	$(BIN)/ruff check .

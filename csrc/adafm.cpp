@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "adafm_cpu.h"
+#include "adafm_cuda.h"
 #include "adafm_tensors.h"
 
 namespace lemma_fast {
@@ -157,6 +158,11 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& features,
 
 extern "C" __attribute__((visibility("default"))) const char* lemma_fast_cpu_level() {
   return lemma_fast::adafm::cpu_level();
+}
+
+// For the check in lemma_fast/ops/adafm.py, also where the library is the CPU's alone.
+extern "C" __attribute__((visibility("default"))) int64_t lemma_fast_adafm_max_cuda_channels() {
+  return lemma_fast::adafm::kMaxCudaChannels;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lemma_fast, m) {

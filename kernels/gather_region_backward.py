@@ -44,7 +44,7 @@ def launch(
 
 
 def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lay weights [D, C, 3, 3] out as [3, 3, C, D]."""
+    """Lay weights [D, C, 3, 3] out as [3, 3, C, D]; no copy where they lie so already."""
     return weight.permute(2, 3, 1, 0).to(dtype).contiguous()
 
 

@@ -64,8 +64,7 @@ CONVOLUTION_WITH_BIAS, MASKED_ATTENTION = 2, 4
 LAUNCHES = {
     "lemma_fast.adafm_inference.default": 2,
     "lemma_fast.compress_select.default": 2,
-    # Packs its weights, unless they are.
-    "lemma_fast.gather_region.default": 2,
+    "lemma_fast.gather_region.default": 1,
     "lemma_fast.sparse_cross_attention.default": 2,
 }
 

@@ -212,7 +212,7 @@ def accelerate(
     graphs = on_cuda if graphs is None else graphs
     max_batch = max_batch or (CUDA_PART if on_cuda else CPU_PART)
     with torch.inference_mode(False), torch.no_grad():
-        plan, why_plain = make_plan(device, dtype)
+        plan, why_plain = make_plan(device, dtype, lemma.config.channels)
         network = folded(lemma, plan, with_attention)
         return Accelerated(
             lemma.config, network, plan, max_batch, graphs, reuse_output, tf32, why_plain
@@ -274,7 +274,7 @@ def recognized(model: nn.Module) -> LEMMA:
     return found.to(first.device, first.dtype)
 
 
-def make_plan(device: torch.device, dtype: torch.dtype) -> tuple[Plan, str | None]:
+def make_plan(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Plan, str | None]:
     """Choose what runs the parts; says in a sentence what is not used, and why."""
     plan = Plan(device, dtype, packed=False, native=False, fused=False, compiled=False)
     if device.type == "cuda":
@@ -286,7 +286,9 @@ def make_plan(device: torch.device, dtype: torch.dtype) -> tuple[Plan, str | Non
         if why is None and extension.build_info()["cuda"] is None:
             why = "the extension was built without CUDA: set CUDA_HOME and install again"
         if why is None:
-            _register_fusion()
+            most = _register_fusion()
+            if channels > most:
+                why = f"the CUDA code of the adaptive fusion takes {most} channels, not {channels}"
         return replace(plan, fused=True, compiled=why is None), why
     if device.type != "cpu" or dtype != torch.float32:
         return plan, "the C++ operations are for float32 on the CPU"
@@ -298,6 +300,8 @@ def make_plan(device: torch.device, dtype: torch.dtype) -> tuple[Plan, str | Non
     return replace(plan, packed=can_pack(device, dtype), native=fast, compiled=fast), why
 
 
-def _register_fusion() -> None:
+def _register_fusion() -> int:
+    """Load the adaptive fusion, and return how many channels it takes on CUDA."""
     # The module loads the library, so it is imported where there is one.
-    importlib.import_module("lemma_fast.ops.adafm")
+    most: int = importlib.import_module("lemma_fast.ops.adafm").MAX_CUDA_CHANNELS
+    return most

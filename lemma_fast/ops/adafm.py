@@ -19,16 +19,16 @@ from lemma_fast.ops.weights import AdaFMWeights, BranchWeights
 
 extension.load()
 
-# By the size of a number: fp32 does not get 128 channels into the registers of a thread.
-_MAX_CUDA_CHANNELS = {4: 64, 2: 128}
+# 64, of csrc/adafm_cuda.h: a thread's registers hold its share of so many channels.
+MAX_CUDA_CHANNELS: int = extension.library().lemma_fast_adafm_max_cuda_channels()
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: bool) -> Tensor:
     """Run `ops.reference.adafm` in compiled code; the result lies in memory as `features` does.
 
-    `features` and `guidance` [N, C, H, W] with any strides; on the CPU any C, on CUDA up to 64 in
-    fp32 and 128 in half precision. fp32, fp16 and bf16, with fp32 sums and parameters of any of
+    `features` and `guidance` [N, C, H, W] with any strides; on the CPU any C, on CUDA up to
+    `MAX_CUDA_CHANNELS` in every type. fp32, fp16 and bf16, with fp32 sums and parameters of any of
     these; fp64 on the CPU alone. On CUDA fp32 products are TF32 where cuDNN's convolutions may be,
     else three TF32 products, near fp32. Without gradients and in evaluation the norms are folded
     into the convolutions. In training the running statistics are updated in place, as
@@ -119,9 +119,11 @@ def _check(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: 
     if features.is_cuda:
         if features.dtype == torch.float64:
             raise ValueError("features are torch.float64; on CUDA use ops.reference for fp64")
-        most = _MAX_CUDA_CHANNELS[features.itemsize]
-        if most < C:
-            raise ValueError(f"C = {C}: on CUDA the fused AdaFM takes up to {most} channels")
+        if C > MAX_CUDA_CHANNELS:
+            raise ValueError(
+                f"features have {C} channels in {features.dtype}: on CUDA the fused AdaFM takes up "
+                f"to {MAX_CUDA_CHANNELS}; use ops.reference"
+            )
     if training and N * H * W == 1:
         raise ValueError(f"batch statistics need more than one position, got {[*features.shape]}")
 

@@ -61,6 +61,7 @@ def library() -> ctypes.CDLL:
     functions = ctypes.CDLL(str(load()))
     functions.lemma_fast_build_info.restype = ctypes.c_char_p
     functions.lemma_fast_cpu_level.restype = ctypes.c_char_p
+    functions.lemma_fast_adafm_max_cuda_channels.restype = ctypes.c_int64
     if hasattr(functions, "lemma_fast_adafm_folded_bytes"):
         functions.lemma_fast_adafm_folded_bytes.argtypes = (
             ctypes.c_int64,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -55,6 +57,21 @@ class CrossAttentionWeights(NamedTuple):
     linear2_bias: Tensor
     norm2_weight: Tensor
     norm2_bias: Tensor
+
+
+class PackedLayers(tuple[CrossAttentionWeights, ...]):
+    """Copies of cross-attention layers that lie end to end, as the fused operation reads them."""
+
+    packed: Tensor
+    """[layers, parameters of one]"""
+
+    def __new__(cls, layers: Sequence[CrossAttentionWeights]) -> PackedLayers:
+        packed = torch.cat([weight.flatten() for layer in layers for weight in layer])
+        parts = iter(packed.split([weight.numel() for layer in layers for weight in layer]))
+        views = [[next(parts).view_as(weight) for weight in layer] for layer in layers]
+        self = super().__new__(cls, (CrossAttentionWeights(*layer) for layer in views))
+        self.packed = packed.view(len(layers), -1)
+        return self
 
 
 class BiGRUWeights(NamedTuple):

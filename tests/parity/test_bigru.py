@@ -234,7 +234,7 @@ def _cubin_cases(dtype: str, size: int, capability: int):
     recurrent |= {"S": "i32:16", "lines": "i32:16"}
     gates = {"gates": pointer}
     blocks = {"H": 32, "BLOCK_C": 64, "BLOCK_H": 32, "PRECISION": "tf32x3"}
-    steps = blocks | {"L": 64, "BLOCK_S": kernel._BLOCK_S}
+    steps = blocks | {"L": 64, "BLOCK_S": kernel._BLOCK_S, "KEEP": True}
     tiles = blocks | {"BLOCK_P": kernel._BLOCK_P[size]}
     positions = dict.fromkeys(("positions", "height", "width"), "i32:16")
     outer = {"ih0": "*fp32:16", "ih1": "*fp32:16", "grad_features": pointer, "strides": strides}

@@ -367,7 +367,7 @@ def _cubin_cases(dtype: str, size: int, capability: int):
     pointer, strides = f"*{dtype}:16", ["i32:16", "i32:16", "1"]
     common = dict.fromkeys(("key", "value"), pointer)
     common |= dict.fromkeys(("key_strides", "value_strides"), strides)
-    common |= {"params": "*fp32:16", "seed": "*i64:16", "p": "fp32"}
+    common |= {"parameters": "*fp32:16", "seed": "*i64:16", "p": "fp32"}
     forward = common | {"query": pointer, "out": pointer, "index": "*i32:16"}
     forward |= {"query_strides": strides}
     rows = {"grad_rows": "*fp32:16"}
