@@ -1,20 +1,24 @@
 """What the Triton kernels need, as a table: budgets/sass.json, made with one release of Triton.
 
-`PYTHONPATH=tests python tests/cubin_budget.py` compiles every kernel and prints the table; with
---write it replaces the committed one. Registers are a thread's, spills bytes of a thread's local
-memory, shared bytes of a block. Instructions are those of the hot loop (see sass.py), or of the
-whole kernel where it has no loop, on sm_90.
+`PYTHONPATH=tests TRITON_INTERPRET=1 python tests/cubin_budget.py` compiles every kernel and prints
+the table; with --write it replaces the committed one. Names of groups (see cubin_cases.py) behind
+it compile these alone and keep the other lines. Registers are a thread's, spills bytes of a
+thread's local memory, shared bytes of a block. Instructions are those of the hot loop (see
+sass.py), or of the whole kernel where it has no loop, on sm_90.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import triton
 from aot import CAPABILITIES, Resources, compile_kernels
+from cubin_cases import GROUPS, cases, groups
 
 PATH = Path(__file__).parent / "budgets" / "sass.json"
 # These may not grow at all, all others by a tenth.
@@ -64,13 +68,12 @@ def read() -> tuple[str, Table]:
     return kept["triton"], kept["architectures"]
 
 
-def measure() -> Table:
-    """Compile every case; that takes a few minutes."""
-    from cubin_cases import GROUPS, cases
-
+def measure(wanted: Sequence[str]) -> Table:
+    """Compile the cases of these groups for every architecture; all take a few minutes."""
     table: Table = {}
     for capability in CAPABILITIES:
-        compiled = {n: case for group in GROUPS for n, case in cases(group, capability).items()}
+        some = [group for group in groups(capability) if group in wanted]
+        compiled = {name: case for group in some for name, case in cases(group, capability).items()}
         results = zip(compiled, compile_kernels([*compiled.values()]), strict=True)
         table[f"sm_{capability}"] = {name: figures(needs) for name, needs in results}
     return table
@@ -87,11 +90,21 @@ def as_text(table: Table) -> str:
 
 
 def _main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("groups", nargs="*", help="all, if none is named")
+    parser.add_argument("--write", action="store_true", help="replace the committed table")
+    given = parser.parse_args()
     # As tests/conftest.py sets them: products of full precision.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    text = as_text(measure())
+    table = measure(given.groups or [*GROUPS])
+    if given.groups:
+        made_with, kept = read()
+        if made_with != release():
+            parser.error(f"the table is of Triton {made_with}, this is {release()}: name no groups")
+        table = {name: kept[name] | kernels for name, kernels in table.items()}
+    text = as_text(table)
     sys.stdout.write(text)
-    if "--write" in sys.argv[1:]:
+    if given.write:
         PATH.write_text(text, encoding="utf-8")
 
 

@@ -111,7 +111,7 @@ CHANNELS_LAST, ROWS = torch.channels_last, torch.contiguous_format
 BF16, FP32 = torch.bfloat16, torch.float32
 GROUPS: dict[str, Steps] = {
     "bigru": _both(_bigru, "bf16", "fp32"),
-    "bigru half": {"fp16 inference": partial(_bigru, torch.float16, train=False)},
+    "bigru fp16": {"fp16 inference": partial(_bigru, torch.float16, train=False)},
     **{f"sparse_cross_attention {name}": _both(_sparse_cross_attention, name) for name in TYPES},
     "compress_select": {
         "fp32": _compress_select,
@@ -149,6 +149,11 @@ def launches(group: str) -> Iterator[tuple[str, Launch]]:
     for label, step in GROUPS[group].items():
         for launch in record(step):
             yield f"{operation} {_name(launch)}, {label}", launch
+
+
+def groups(capability: int) -> list[str]:
+    """Groups to compile for an architecture: fp16 on sm_90 alone, for it needs what bf16 needs."""
+    return [name for name in GROUPS if capability == 90 or "fp16" not in name]
 
 
 def cases(group: str, capability: int) -> dict[str, Case]:
