@@ -177,9 +177,11 @@ def gather_region_backward(
     with torch.cuda.device_of(grad):
         _invert[N, triton.cdiv(K + P + 1, 64)](index, index.stride(), order, starts, K, P, BLOCK=64)
         grid, blocks = launch(N, P, C, D, grad.dtype)
+        # Given the choice, ptxas of Triton 3.7 spills half types on sm_120 for one more block.
+        registers = 255 if grad.itemsize == 2 else None
         _features_backward[grid](
-            grad, grad.stride(), order, starts, packed(weight, grad.dtype),
-            grad_features, grad_features.stride(), C, D, H, W, K, **blocks,
+            grad, grad.stride(), order, starts, packed(weight, grad.dtype), grad_features,
+            grad_features.stride(), C, D, H, W, K, **blocks, maxnreg=registers,
         )  # fmt: skip
         _, blocks = launch(N, K, D, C, grad.dtype)
         blocks |= {"BLOCK_ROW": 32, "BLOCK_IN": min(32, blocks["BLOCK_IN"]), "num_warps": 4}
