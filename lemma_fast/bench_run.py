@@ -82,4 +82,6 @@ def as_line(part: str, row: Row) -> str:
         return f"{head} {row['status']}: {row['reason']} {off}".rstrip()
     median, low, high = (1e3 * row["seconds"][name] for name in ("median", "low", "high"))
     ratio = f"{row['ratio']['median']:.2f}x" if "ratio" in row else ""
+    if row["status"] == "differs":
+        off += f", DIFFERS: {row['reason']}"
     return f"{head} {median:9.2f} ms ({low:.2f} to {high:.2f}) {ratio:>7}  {off}"

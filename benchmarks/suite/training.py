@@ -1,0 +1,122 @@
+"""Training the packaged model on for so many seconds: data, the run, its end, what it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from suite.bundle import Bundle
+from suite.header import header
+from suite.plan import ROOT
+from suite.processes import child_environment, end, link_package
+from suite.records import NAME, Record, Records
+
+CONFIG = "small-gpu"
+#: The share of the time in which crops are drawn, where none are at hand, and how many at once.
+DRAWING, CHUNK = 0.25, 4096
+VALIDATION = 512
+#: Seconds before the end at which training is asked to stop, and those it gets to do so.
+ASKED, PATIENCE = 15.0, 10.0
+#: What a dry run changes: two steps of a tiny batch on the CPU.
+TINY = (
+    "run.steps=2", "run.batch_size=4", "run.validate_every=2", "run.save_every=1",
+    "run.log_every=1", "run.accelerator=cpu", "run.precision=float32", "ops=reference",
+    "data.validation_crops=4", "data.workers=0", "optimizer.warm_up=1",
+)  # fmt: skip
+
+
+def train(out: Path, seconds: float, bundle: Bundle, data: Path | None, dry: bool) -> int:
+    """Train until `seconds` are over and leave weights, state and curves in `out`/lemma."""
+    begun = time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    records = Records(out / NAME, begun)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = child_environment(folder, bundle.unpack(folder / "site"))
+        link_package(folder)
+        records.add("suite", header(folder, "train", seconds))
+        with (out / "train.log").open("ab") as log:
+            if data is None:
+                data = folder / "data"
+                record = draw(data, seconds * DRAWING, bundle, environment, log.fileno(), dry)
+                records.add("data", record)
+                if record["status"] != "done":
+                    return 1
+            left = seconds - (time.time() - begun)
+            record = fit(out, data, left, environment, log.fileno(), dry)
+    records.add("train", record)
+    print(f"training: {record['status']}, {record['files']} in {out / 'lemma'}")
+    return int(record["status"] == "failed")
+
+
+def lemma_fast(*arguments: str) -> list[str]:
+    """A command of ours, as the linked package has it."""
+    return [sys.executable, "-m", "lemma_fast.cli", *arguments]
+
+
+def draw(
+    folder: Path, seconds: float, bundle: Bundle, environment: dict[str, str], log: int, dry: bool
+) -> Record:
+    """Draw a set to choose the best weights on, then training sets until `seconds` are over."""
+    folder.mkdir(parents=True)
+    begun = time.monotonic()
+    fonts = [word for path in bundle.fonts() for word in ("--fonts", str(path))]
+    chunk, validation = (16, 8) if dry else (CHUNK, VALIDATION)
+    jobs = ("--jobs", "1") if dry else ()
+
+    def one(name: str, count: int, seed: int) -> int:
+        command = lemma_fast(
+            "data", "synthesize", str(folder / name), "-n", str(count), "--seed", str(seed),
+            "--dictionary", bundle.words(), *fonts, *jobs,
+        )  # fmt: skip
+        return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+
+    failed = one("val.lmdb", validation, 2)
+    sets = 0
+    # One more of the same size takes about what the last one took.
+    last = 0.0
+    while not failed and (sets == 0 or (time.monotonic() - begun + last < seconds and not dry)):
+        start = time.monotonic()
+        failed = one(f"train-{sets}.lmdb", chunk, 100 + sets)
+        last = time.monotonic() - start
+        sets += 1
+    status = "failed" if failed else "done"
+    crops = {"crops": sets * chunk, "seconds": round(time.monotonic() - begun, 1)}
+    return {"name": "data", "status": status, **crops}
+
+
+def fit(
+    out: Path, data: Path, seconds: float, environment: dict[str, str], log: int, dry: bool
+) -> Record:
+    """Run `lemma-fast train` on the sets in `data`; ask it to stop in time, and end it at last."""
+    sets = ",".join(map(str, sorted(data.glob("train*.lmdb"))))
+    overrides = [f"output={out}", f"data.train=[{sets}]", f"data.validation=[{data / 'val.lmdb'}]"]
+    weights = ROOT / "lemma_fast" / "weights" / "small.safetensors"
+    overrides.append(f"start.weights={weights}")
+    overrides += [f"data.workers={0 if dry else min(8, os.cpu_count() or 1)}"]
+    minutes = max(0.0, seconds - ASKED) / 60
+    command = lemma_fast(
+        "train", CONFIG, *overrides, *(TINY if dry else ()), "--max-minutes", f"{minutes:.3f}"
+    )
+    begun = time.monotonic()
+    process = subprocess.Popen(
+        command, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        code: int | None = process.wait(timeout=max(1.0, seconds - PATIENCE))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        code = None
+    finally:
+        end(process, PATIENCE)
+    files = sorted(path.name for path in (out / "lemma").glob("*") if path.is_file())
+    status = "stopped" if code is None else "done" if code == 0 else "failed"
+    return {
+        "name": "train", "status": status, "code": code, "files": files,
+        "seconds": round(time.monotonic() - begun, 1),
+    }  # fmt: skip
