@@ -20,8 +20,8 @@ from op_timing import (
     synchronised,
 )
 
+from lemma_fast.acceleration.accelerated import make_plan
 from lemma_fast.acceleration.blocks import CompiledAdaFM
-from lemma_fast.acceleration.layers import Plan
 from lemma_fast.blocks import AdaFM
 from lemma_fast.ops import extension, fused, reference
 
@@ -64,7 +64,7 @@ def bench_adafm(benchmark, N, dtype, layout, direction, implementation):
         return function(*maps, weights, False)
 
     if implementation == "fused":
-        infer = CompiledAdaFM(module, Plan(torch.device(device), dtype, False, False, ON_GPU, True))
+        infer = CompiledAdaFM(module, make_plan(torch.device(device), dtype)[0])
 
     def step():
         if not training:

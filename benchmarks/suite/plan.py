@@ -143,7 +143,7 @@ def first() -> list[Stage]:
     return [
         ((build, Step("parity of adafm", tests(*adafm), 60)),
          (Step("parity of kernels", tests(*kernels), 80),)),
-        alone(in_parts("model", model, 200)),
+        alone(in_parts("model", model, 240)),
         alone(Step("operations", chosen, 60)),
         alone(in_parts("compiled", compiled, 110, mode="reduce-overhead")),
         alone(in_parts("autotuned", compiled[:1], 150, mode="max-autotune", least=60)),
@@ -154,7 +154,7 @@ def first() -> list[Stage]:
 def second() -> list[Stage]:
     """The second command: `accelerate` itself, memory and races, the rest of the network."""
     build = Step("build", (SUITE, "--build"), 60)
-    accelerate = Step("accelerate", tests("tests/gpu/test_accelerate.py", "-n", "4"), 90)
+    accelerate = Step("accelerate", tests("tests/gpu/test_accelerate.py", "-n", "4"), 110)
     ours = ("reference", "accelerated")
     rest = (
         Part("forward", 64, "float32", ours, 30),
@@ -194,7 +194,9 @@ def in_parts(
     """A process of parts; `mode` is that of torch.compile."""
     words = (SUITE, "--parts", name, "--device", device)
     words += ("--compile-mode", mode) if mode else ()
-    return Step(name, words, limit, parts=parts, least=least)
+    # A network of a few weights does not gain by threads.
+    environment = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+    return Step(name, words, limit, environment, parts, least)
 
 
 def dry(command: str) -> list[Stage]:
