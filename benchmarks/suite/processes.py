@@ -95,7 +95,7 @@ class Machine:
         """Run a step; whatever it does, the next one can run."""
         # Before each step: the build has added the library.
         link_package(self.folder)
-        begun, start = self.now(), time.time() - self.records.begun
+        begun, start = self.now(), len(read(self.records.path))
         parts = list(step.parts)
         while True:
             outcome = self._once(step, parts, limit - (self.now() - begun))
@@ -106,14 +106,12 @@ class Machine:
                 return outcome | {"seconds": round(self.now() - begun, 1)}
             parts = left
 
-    def _left(self, step: Step, start: float) -> list[Part]:
-        """The parts that no process has begun in this run of the step."""
+    def _left(self, step: Step, start: int) -> list[Part]:
+        """The parts that no process has begun since there were `start` records."""
         begun = {
             record["name"]
-            for record in read(self.records.path)
-            if record["part"] == "begun"
-            and record["step"] == step.name
-            and record["at"] >= round(start, 1)
+            for record in read(self.records.path)[start:]
+            if record["part"] == "begun" and record["step"] == step.name
         }
         return [part for part in step.parts if part.name not in begun]
 
