@@ -106,6 +106,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print what comes when, run nothing")
     parser.add_argument("--only", default="", help="names of steps, with commas between")
     parser.add_argument("--data", type=Path, help="--train: a folder with train.lmdb and val.lmdb")
+    parser.add_argument("--split", type=int, metavar="MIB", help="--train: no larger files")
     # What steps are made of.
     which.add_argument("--parts", help=argparse.SUPPRESS)
     which.add_argument("--tool", help=argparse.SUPPRESS)
@@ -159,7 +160,7 @@ def main() -> int:
     if given.train is not None:
         from suite.training import train
 
-        return train(out, given.train, bundle, given.data, given.dry_run)
+        return train(out, given.train, bundle, given.data, given.dry_run, given.split)
     command = "second" if given.second else "first"
     stages = plan.dry(command) if given.dry_run else getattr(plan, command)()
     if given.plan:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from suite.bundle import Bundle
@@ -20,24 +21,33 @@ CONFIG = "small-gpu"
 #: The share of the time in which crops are drawn, where none are at hand, and how many at once.
 DRAWING, CHUNK = 0.25, 4096
 VALIDATION = 512
-#: Seconds before the end at which training is asked to stop, and those it gets to do so.
-ASKED, PATIENCE = 15.0, 10.0
+#: Seconds that training does without: to start, and to stop by itself; and those between being
+#: asked to stop by a signal and the end.
+APART, PATIENCE = 40.0, 10.0
 #: What a dry run changes: two steps of a tiny batch on the CPU.
 TINY = (
-    "run.steps=2", "run.batch_size=4", "run.validate_every=2", "run.save_every=1",
+    "run.steps=2", "run.batch_size=2", "run.validate_every=2", "run.save_every=1",
     "run.log_every=1", "run.accelerator=cpu", "run.precision=float32", "ops=reference",
-    "data.validation_crops=4", "data.workers=0", "optimizer.warm_up=1",
+    "data.validation_crops=2", "data.workers=0", "optimizer.warm_up=1",
 )  # fmt: skip
 
 
-def train(out: Path, seconds: float, bundle: Bundle, data: Path | None, dry: bool) -> int:
-    """Train until `seconds` are over and leave weights, state and curves in `out`/lemma."""
+def train(
+    out: Path, seconds: float, bundle: Bundle, data: Path | None, dry: bool, most: int | None
+) -> int:
+    """Train until `seconds` are over and leave weights, state and curves in `out`/lemma.
+
+    `data` is a folder with train*.lmdb and val.lmdb; None: sets are drawn first. A file of more
+    than `most` MiB is left in pieces, which `cat` joins.
+    """
     begun = time.time()
     out.mkdir(parents=True, exist_ok=True)
     records = Records(out / NAME, begun)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = child_environment(folder, bundle.unpack(folder / "site"))
+        # Steps of a few crops do not gain by threads.
+        environment |= {"OMP_NUM_THREADS": "1"} if dry else {}
         link_package(folder)
         records.add("suite", header(folder, "train", seconds))
         with (out / "train.log").open("ab") as log:
@@ -49,6 +59,9 @@ def train(out: Path, seconds: float, bundle: Bundle, data: Path | None, dry: boo
                     return 1
             left = seconds - (time.time() - begun)
             record = fit(out, data, left, environment, log.fileno(), dry)
+    if most is not None:
+        split(out / "lemma", most << 20)
+    record["files"] = sorted(p.name for p in (out / "lemma").glob("*") if p.is_file())
     records.add("train", record)
     print(f"training: {record['status']}, {record['files']} in {out / 'lemma'}")
     return int(record["status"] == "failed")
@@ -99,7 +112,7 @@ def fit(
     weights = ROOT / "lemma_fast" / "weights" / "small.safetensors"
     overrides.append(f"start.weights={weights}")
     overrides += [f"data.workers={0 if dry else min(8, os.cpu_count() or 1)}"]
-    minutes = max(0.0, seconds - ASKED) / 60
+    minutes = max(0.0, seconds - APART) / 60
     command = lemma_fast(
         "train", CONFIG, *overrides, *(TINY if dry else ()), "--max-minutes", f"{minutes:.3f}"
     )
@@ -112,11 +125,23 @@ def fit(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)
         code = None
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE / 2)
     finally:
-        end(process, PATIENCE)
-    files = sorted(path.name for path in (out / "lemma").glob("*") if path.is_file())
+        end(process, PATIENCE / 2)
     status = "stopped" if code is None else "done" if code == 0 else "failed"
-    return {
-        "name": "train", "status": status, "code": code, "files": files,
-        "seconds": round(time.monotonic() - begun, 1),
-    }  # fmt: skip
+    seconds = round(time.monotonic() - begun, 1)
+    return {"name": "train", "status": status, "code": code, "seconds": seconds}
+
+
+def split(folder: Path, most: int) -> None:
+    """Put pieces of at most `most` bytes in the place of files that are larger."""
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        if path.stat().st_size <= most:
+            continue
+        with path.open("rb") as whole:
+            number = 0
+            while piece := whole.read(most):
+                path.with_name(f"{path.name}.{number:02}").write_bytes(piece)
+                number += 1
+        path.unlink()
