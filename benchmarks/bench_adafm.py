@@ -14,10 +14,10 @@ from op_timing import (
     DIRECTIONS,
     IMPLEMENTATIONS,
     a_call,
-    captured,
     compared,
     keep,
     synchronised,
+    time_replays,
 )
 
 from lemma_fast.acceleration.accelerated import make_plan
@@ -75,7 +75,7 @@ def bench_adafm(benchmark, N, dtype, layout, direction, implementation):
     with torch.no_grad():
         judged = compared([infer(*maps)], [reference.adafm(*maps, weights, False)])
     if ON_GPU:
-        benchmark.pedantic(captured(step), rounds=20, iterations=5, warmup_rounds=2)
+        time_replays(benchmark, step)
     else:
         benchmark.pedantic(step, rounds=7, iterations=max(1, 16 // N), warmup_rounds=1)
     # Eleven products of C x C a position; backward, two for each. Two maps in and one out, and

@@ -7,7 +7,15 @@ sequences that lie ready: what no caller with a map can have.
 import pytest
 import torch
 from memory import kept_bytes
-from op_timing import BATCHES, DIRECTIONS, IMPLEMENTATIONS, MARKS, time_operation, time_replays
+from op_timing import (
+    BATCHES,
+    DIRECTIONS,
+    IMPLEMENTATIONS,
+    MARKS,
+    keep,
+    time_operation,
+    time_replays,
+)
 
 from lemma_fast.ops import fused, reference
 from lemma_fast.ops.weights import BiGRUWeights
@@ -48,3 +56,4 @@ def bench_bigru_cudnn(benchmark, dtype, axis, N):
     sequences = torch.randn(N * lines, length, C, device="cuda", dtype=dtype)
     with torch.no_grad():
         time_replays(benchmark, lambda: gru(sequences))
+    keep(benchmark)

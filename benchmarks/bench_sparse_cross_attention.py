@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory import kept_bytes
-from op_timing import BATCHES, DIRECTIONS, IMPLEMENTATIONS, MARKS, time_operation, time_replays
+from op_timing import (
+    BATCHES,
+    DIRECTIONS,
+    IMPLEMENTATIONS,
+    MARKS,
+    keep,
+    time_operation,
+    time_replays,
+)
 from torch import Tensor
 
 from lemma_fast.ops import fused, reference
@@ -77,3 +85,4 @@ def bench_sparse_cross_attention_sdpa(benchmark, dtype, N):
             F.scaled_dot_product_attention(image, text, text)
 
     time_replays(benchmark, attend)
+    keep(benchmark)

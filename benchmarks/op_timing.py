@@ -9,6 +9,7 @@ how far its results lie from the reference's. In a run of gpu_suite.py each is a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,8 +30,8 @@ IMPLEMENTATIONS = ("reference", "compiled", "fused")
 DIRECTIONS = ("forward", "forward+backward")
 
 
-#: So many calls are captured in one graph.
-CALLS = 10
+#: So many calls are captured in one graph, and so long is a sample of replays at least.
+CALLS, SAMPLE = 10, 5e-3
 #: Deviations within which a result is the reference's: TF32 is allowed to cuDNN, to both sides.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -78,10 +79,15 @@ def captured(step: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def time_replays(benchmark: Any, step: Callable[[], object], **about: object) -> None:
-    """Time a call on the GPU under the clock `a_call`, and record it with `about`."""
-    benchmark.pedantic(captured(step), rounds=20, iterations=5, warmup_rounds=2)
-    keep(benchmark, **about)
+def time_replays(benchmark: Any, step: Callable[[], object]) -> None:
+    """Time a call on the GPU under the clock `a_call`, in samples of at least SAMPLE seconds."""
+    replay = captured(step)
+    replay()
+    begun = synchronised()
+    replay()
+    once = synchronised() - begun
+    iterations = max(1, math.ceil(SAMPLE / once))
+    benchmark.pedantic(replay, rounds=10, iterations=iterations, warmup_rounds=1)
 
 
 def keep(benchmark: Any, **about: object) -> None:
@@ -140,9 +146,8 @@ def time_operation(
     judged = compared([call(function).detach()], [expected])
     dtype = expected.dtype
     # TF32 is the fastest that fp32 may be.
-    device = torch.device("cuda", torch.cuda.current_device())
-    rates = Rates(bytes_per_second(device), flops_per_second(device, dtype, tf32=True))
-    floor = rates.floor(moved, flops)
+    rate = flops_per_second(expected.device, dtype, tf32=True)
+    floor = Rates(bytes_per_second(expected.device), rate).floor(moved, flops)
     about = {"bytes": moved, "flops": flops, "floor_us": floor * 1e6, "dtype": str(dtype)}
-    benchmark.pedantic(captured(partial(step, function)), rounds=20, iterations=5, warmup_rounds=2)
+    time_replays(benchmark, partial(step, function))
     keep(benchmark, **about, **judged, floors=benchmark.stats.stats.median / floor)

@@ -93,8 +93,9 @@ class Machine:
 
     def run(self, step: Step, limit: float) -> Record:
         """Run a step; whatever it does, the next one can run."""
-        # Before each step: the build has added the library.
-        link_package(self.folder)
+        # Before each step: the build has added the library. Lanes begin at the same time.
+        with self.writing:
+            link_package(self.folder)
         begun, start = self.now(), len(read(self.records.path))
         parts = list(step.parts)
         while True:
