@@ -101,7 +101,9 @@ Stage = tuple[tuple[Step, ...], ...]
 
 def tests(*arguments: str) -> tuple[str, ...]:
     """A run of pytest that records every test."""
-    return ("-m", "pytest", "-c", "{ini}", "-p", "suite.pytest_records", *arguments)
+    # In the settings themselves the root would come too late for the tests' names.
+    begins = ("-m", "pytest", "-c", "{ini}", "--rootdir", str(ROOT))
+    return (*begins, "-p", "suite.pytest_records", *arguments)
 
 
 def alone(step: Step) -> Stage:

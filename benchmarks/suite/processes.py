@@ -25,7 +25,7 @@ HEAD, TAIL = 20_000, 150_000
 # The project's own settings ask for a newer pytest than such a machine may have.
 PYTEST_INI = f"""[pytest]
 pythonpath = {ROOT / "tests"} {ROOT / "benchmarks"}
-addopts = --import-mode=importlib -ra -v -W ignore -p no:cacheprovider --rootdir={ROOT}
+addopts = --import-mode=importlib -ra -v -W ignore -p no:cacheprovider
 markers =
     gpu: needs a CUDA device
     slow: takes more than about ten seconds
