@@ -88,6 +88,8 @@ def counters(said: str) -> list[Record]:
 
 def calls(batch: int) -> int:
     """Call each fused operation once in each type, with its gradients, in the paper's sizes."""
+    import torch
+
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(0)
@@ -105,6 +107,8 @@ def operations(
     batch: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], Tensor]]:
     """A call of each fused operation by name, with the weights of a network."""
+    import torch
+
     from lemma_fast import LEMMA, LemmaConfig
     from lemma_fast.guidance import layer_weights
     from lemma_fast.ops import fused

@@ -219,4 +219,7 @@ def test_dry_run_goes_through(tmp_path):
     assert [r["status"] for r in found if r["part"] == "steps"] == ["done"] * 5
     assert [r["status"] for r in found if r["part"] == "tools"] == ["unavailable"] * 2
     assert not [r for r in found if r["part"] == "errors"]
+    timed = [r["name"] for r in found if r["part"] == "tests"]
+    assert all(name.startswith("benchmarks/bench_adafm.py::bench_adafm[") for name in timed)
+    assert len(timed) == 2
     assert "test_never_waits_for_the_device" in (tmp_path / "suite.log").read_text()

@@ -6,10 +6,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import gpu_bundle
 import pytest
 from safetensors import safe_open
-from suite import build, bundle, records, training
+from suite import build, bundle, records, tools, training
 from suite.bundle import Bundle
+
+from lemma_fast.training.faces import packages
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = ROOT / "lemma_fast" / "weights" / "small.safetensors"
@@ -108,3 +111,47 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
         Bundle(tmp_path)
     assert Bundle().unpack(tmp_path / "site") == []
     assert Bundle().words() == "builtin"
+
+
+def test_faces_of_a_bundle_are_for_training_alone():
+    assert set(gpu_bundle.FONTS) <= set(packages("train"))
+    assert not set(gpu_bundle.FONTS) & set(packages("test"))
+
+
+def test_a_bundle_names_the_terms_of_its_fonts(tmp_path):
+    source = tmp_path / "usr/share/doc/fonts-a/copyright"
+    source.parent.mkdir(parents=True)
+    source.write_text("License: OFL-1.1\n  text\nLicense: GPL-2+\nLicense: OFL-1.1\n")
+    target = tmp_path / "copyright"
+    assert gpu_bundle.licence(tmp_path, "fonts-a", target) == ["GPL-2+", "OFL-1.1"]
+    assert target.read_text() == source.read_text()
+
+
+def test_a_bundle_that_is_too_large_says_so(tmp_path, monkeypatch, capsys):
+    (tmp_path / "words.txt").write_bytes(bytes(2 << 20))
+    contents = {"wheels": ["a.whl"], "fonts": [], "words": "some"}
+    assert gpu_bundle.said(tmp_path, contents) == 0
+    monkeypatch.setattr(gpu_bundle, "MOST", 1)
+    assert gpu_bundle.said(tmp_path, contents) == 1
+    assert "2.0 MiB of at most 1" in capsys.readouterr().out
+
+
+def test_what_sanitizers_and_ncu_say_is_read():
+    assert tools.errors("========= ERROR SUMMARY: 3 errors\n") == 3
+    raced = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    assert tools.errors(raced) == 2
+    assert tools.errors("killed") is None
+    said = (
+        "==PROF== Connected\n"
+        '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","1","_bigru","Duration","us","12.5"\n'
+        '"0","1","_bigru","Registers Per Thread","register/thread","70"\n'
+        '"1","1","fuse_kernel","Duration","us","9"\n'
+        "called adafm\n"
+    )
+    first, second = tools.counters(said)
+    assert first["kernel"] == "_bigru"
+    assert first["Duration"] == "12.5 us"
+    assert first["Registers Per Thread"] == "70 register/thread"
+    assert second == {"kernel": "fuse_kernel", "Duration": "9 us"}
+    assert tools.counters("nothing") == []
