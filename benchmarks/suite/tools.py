@@ -45,24 +45,29 @@ def run(tool: str, records: Records) -> int:
         return 0
     # With PyTorch's own allocator an access beyond a tensor may lie within its block.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    ran = subprocess.run(
+    process = subprocess.Popen(
         [*begins, sys.executable, SUITE, "--calls", "64" if tool == "ncu" else "2"],
         env=os.environ if tool == "ncu" else environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        check=False,
     )
-    sys.stdout.write(ran.stdout)
+    assert process.stdout is not None
+    lines = []
+    # Said at once, so that the log of a tool that is cut has what it found.
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    said, code = "".join(lines), process.wait()
     if tool == "ncu":
-        found: Record = {"kernels": counters(ran.stdout)}
-        bad = ran.returncode != 0 or not found["kernels"]
+        found: Record = {"kernels": counters(said)}
+        bad = code != 0 or not found["kernels"]
     else:
-        found = {"errors": errors(ran.stdout)}
+        found = {"errors": errors(said)}
         bad = found["errors"] != 0
     status = "failed" if bad else "done"
-    records.add("tools", {"name": tool, "status": status, "code": ran.returncode, **found})
+    records.add("tools", {"name": tool, "status": status, "code": code, **found})
     return int(bad)
 
 

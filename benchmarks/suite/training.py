@@ -112,6 +112,8 @@ def fit(
     weights = ROOT / "lemma_fast" / "weights" / "small.safetensors"
     overrides.append(f"start.weights={weights}")
     overrides += [f"data.workers={0 if dry else min(8, os.cpu_count() or 1)}"]
+    # What is in `out` already is gone on from, with other crops.
+    overrides.append("--accept-changes")
     minutes = max(0.0, seconds - APART) / 60
     command = lemma_fast(
         "train", CONFIG, *overrides, *(TINY if dry else ()), "--max-minutes", f"{minutes:.3f}"
