@@ -8,8 +8,11 @@ from pathlib import Path
 
 import gpu_suite
 import pytest
+import torch
+import torch._inductor.config as inductor
 from suite import plan, processes, records
 from suite.bundle import Bundle
+from suite.parts import Parts
 from suite.plan import Part, Step, alone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +197,30 @@ def test_only_what_is_named_is_run_with_all_the_time():
     assert kept[0][0][0].limit == 77.0
     with pytest.raises(ValueError, match="no step 'speed'"):
         gpu_suite.chosen(plan.first(), ["speed"], 1.0)
+
+
+def test_compiled_rows_say_how_they_were_compiled(tmp_path, monkeypatch, one_thread):
+    asked = []
+
+    def compile_nothing(network, **options):
+        asked.append(options)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    # For pytest to put back what the process of parts sets: it has its process for itself.
+    for name in plan.AUTOTUNE:
+        monkeypatch.setattr(inductor, name, getattr(inductor, name))
+    made = records.Records(tmp_path / records.NAME, time.time())
+    parts = Parts("autotuned", torch.device("cpu"), "max-autotune", made)
+    broken = Part("forward", 1, "float32", ("compiled",), network="none of ours")
+    assert parts.run([broken, Part("forward", 1, "float32", ("compiled",), network="tiny")]) == 1
+    _, error, _, row = records.read(made.path)
+    assert (error["part"], error["name"]) == ("errors", broken.name)
+    assert row["name"] == "forward tiny 1 float32 compiled"
+    assert row["compile_mode"] == "max-autotune"
+    assert row["limits"] == plan.AUTOTUNE == {k: getattr(inductor, k) for k in plan.AUTOTUNE}
+    assert row["status"] == "timed"
+    assert asked[0]["dynamic"] is False
 
 
 @pytest.mark.slow
