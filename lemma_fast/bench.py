@@ -89,8 +89,8 @@ def default_plan(device: torch.device, quick: bool = False) -> Plan:
     if quick:
         batches = (1, 64) if cuda else (1, 4)
         return Plan(batches, precisions, ("reference", "accelerated"), 3.0, (3, 30), mode)
-    batches = (1, 8, 64, 256) if cuda else (1, 16)
-    return Plan(batches, precisions, variants, compile_mode=mode)
+    sizes = (1, 8, 64, 256) if cuda else (1, 16)
+    return Plan(sizes, precisions, variants, compile_mode=mode)
 
 
 def precision(name: str) -> AbstractContextManager[None]:
