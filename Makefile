@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test launches lint format types bench fonts system-deps clean
+.PHONY: help demo test launches lint format types bench gpu-bundle fonts system-deps clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ types: $(VENV)/.tools  ## check types and imports of the installed wheel
 bench: $(VENV)/.tools  ## time the operations and the model
 	$(BIN)/python -m pytest benchmarks --benchmark-only \
 	    -o python_files='bench_*.py' -o python_functions='bench_*'
+
+# BUNDLE_FLAGS=--build adds the compiled operations, for which nvcc must be here.
+gpu-bundle: $(VENV)/.tools  ## make build/gpu-bundle: what a GPU machine without a network lacks
+	$(BIN)/python benchmarks/gpu_bundle.py $(BUNDLE_FLAGS) build/gpu-bundle
 
 fonts:  ## install the Debian fonts and the word list that synthetic crops are drawn from
 	.ci/apt-install training/fonts/train.txt training/fonts/test.txt .ci/synthesis-packages.txt

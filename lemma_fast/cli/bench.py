@@ -56,7 +56,8 @@ def bench(
         Optional[str],  # noqa: UP045
         typer.Option(
             metavar="NAME[,NAME]...",
-            help="Of reference, compiled, accelerated, onnxruntime, openvino.",
+            help="Of reference, reference-cast (weights cast to the half type), compiled, "
+            "accelerated, onnxruntime, openvino.",
             show_default=False,
         ),
     ] = None,
@@ -90,7 +91,7 @@ def bench(
 ) -> None:
     """Time the network: reference, compiled, accelerated, and in other runtimes.
 
-    A variant that does not return what the reference does is not timed. Variants take turns, and
+    A variant that does not return what the reference does is marked. Variants take turns, and
     ratios are those of one run. The file is rewritten after each batch size, so that a run that is
     stopped keeps what it has.
     """

@@ -1,6 +1,6 @@
 """What only a GPU can show of the location kernels: graphs, streams of work without a pause, sizes.
 
-bf16 parity is in tests/parity, where it runs as soon as there is a GPU.
+Small shapes are in tests/parity, in bf16 as soon as there is a GPU.
 """
 
 import pytest
@@ -12,6 +12,8 @@ from lemma_fast.ops import fused, reference
 
 pytestmark = pytest.mark.gpu
 K = 500
+# ||a - b|| / ||b|| in bf16, beside twice what the reference loses in it.
+HALF = 5e-3
 
 
 def inputs(N: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
@@ -50,6 +52,19 @@ def test_parity_at_the_papers_size(name, N):
     bent = KINKS if N > 1 and name == "compress_select" else BACKWARD
     for place, (got, expected) in enumerate(zip(*results, strict=True)):
         assert_close(got, expected, bent if place else FORWARD)
+
+
+@pytest.mark.parametrize("name", ["location_enhance", "gather_region"])
+@pytest.mark.parametrize("N", [1, 64])
+def test_bf16_is_as_near_as_the_reference_in_bf16(name, N):
+    given = inputs(N, torch.bfloat16)[name]
+    wide = tuple(x.float() if x.is_floating_point() else x for x in given)
+    exact = forward_backward(reference, name, wide)
+    rounded, got = (forward_backward(ops, name, given) for ops in (reference, fused))
+    for place, (mine, other, wanted) in enumerate(zip(got, rounded, exact, strict=True)):
+        strayed = float((other.float() - wanted).norm())
+        allowed = 2 * strayed + (5 if place else 1) * HALF * float(wanted.norm())
+        assert float((mine.float() - wanted).norm()) <= allowed, place
 
 
 @pytest.fixture
