@@ -12,14 +12,14 @@ FUNCTIONS = {"torch.tensor", "torch.as_tensor", "torch.from_numpy", "torch.nonze
 #: choose or record.
 OUTSIDE = {
     "lemma_fast/acceleration/accelerated.py": {"*"},
-    "lemma_fast/acceleration/batches.py": {"*"},
+    "lemma_fast/acceleration/parts.py": {"*"},
     "lemma_fast/acceleration/graphs.py": {"*"},
     "lemma_fast/acceleration/folding.py": {"*"},
     # Their numbers are sizes.
     "kernels/sparse_cross_attention_backward.py": {"constants"},
     "lemma_fast/ops/adafm.py": {"_folded_bytes"},
 }
-FOLDERS = ("lemma_fast/acceleration", "kernels")
+FOLDERS = ("lemma_fast/acceleration", "lemma_fast/model", "kernels")
 OTHERS = ("lemma_fast/ops/fused.py", "lemma_fast/ops/adafm.py", "lemma_fast/ops/precision.py")
 
 

@@ -2,10 +2,12 @@
 
 import json
 
+import graph_nodes
 import pytest
 import torch
 from graph_nodes import BUDGET, DTYPES, count
 
+from lemma_fast.acceleration.swap import folded
 from lemma_fast.ops import extension
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
@@ -46,10 +48,12 @@ class Chatty(torch.nn.Module):
 
 @pytest.mark.parametrize("how", ["addition", "from the host", "to the host"])
 def test_what_is_added_is_seen(how, monkeypatch):
-    from lemma_fast.acceleration import prior
+    def chatty(*given):
+        network = folded(*given)
+        network.prior.vision.resnet = Chatty(network.prior.vision.resnet, how)
+        return network
 
-    resnet = prior.FoldedResNet
-    monkeypatch.setattr(prior, "FoldedResNet", lambda *given: Chatty(resnet(*given), how))
+    monkeypatch.setattr(graph_nodes, "folded", chatty)
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))["bfloat16"]
     (log,) = count(torch.bfloat16)
     assert log.by_stage()["residual network"] > budget["residual network"]
