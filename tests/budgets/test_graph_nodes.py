@@ -40,7 +40,7 @@ class Chatty(torch.nn.Module):
         if self.how == "addition":
             return tokens + 1
         if self.how == "from the host":
-            return tokens + torch.ones(tokens.shape[2], dtype=tokens.dtype).to(tokens.device)
+            return tokens + torch.ones(tokens.shape[-1], dtype=tokens.dtype).to(tokens.device)
         if self.how == "to the host":
             tokens.cpu()
         return tokens
