@@ -92,23 +92,3 @@ def bench_winograd(benchmark, implementation, channels, N, threads):
     plain = F.conv2d(features, weight, bias, padding=1)
     flops = 2 * features.numel() * channels * 9
     time_operation(benchmark, call, F.relu(plain + residual), threads, flops)
-
-
-@pytest.mark.parametrize("implementation", ["torch", "native"])
-def bench_shuffle_project(benchmark, implementation, N, threads):
-    features = torch.randn(N, 256, 16, 64).to(memory_format=LAST)
-    weight, bias = torch.randn(4, 64, 9, 9) / 72, torch.randn(4)
-
-    def by_torch(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.tanh(F.conv2d(F.pixel_shuffle(features, 2), weight, bias, padding=4))
-
-    order = native.shuffled_channels(256)
-    ordered = features[:, order].contiguous(memory_format=LAST)
-    packed = native.pack_projection(weight)
-    calls = {
-        "torch": lambda: by_torch(features, weight, bias),
-        "native": lambda: native.shuffle_project(ordered, packed, bias, True),
-    }
-    expected = by_torch(features, weight, bias)
-    flops = 2 * N * 32 * 128 * 64 * 4 * 81
-    time_operation(benchmark, calls[implementation], expected, threads, flops)

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from adafm_case import draw_weights
 from closeness import FORWARD, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,15 +27,12 @@ def _without_gradients():
         yield
 
 
-@pytest.fixture(params=[0, 4, 8, 16], ids=["best", "plain", "avx2", "avx512"])
-def lanes(request):
-    """Floats in a vector, as the operations' last argument; 0 is what they choose themselves."""
-    native.load()
-    weights = native.pack_bigru(gru(1, 16))
-    try:
-        torch.ops.lemma_fast.bigru_cpu(torch.zeros(0, 1, 1, 1), weights, 16, 2, request.param)
-    except RuntimeError as refusal:
-        pytest.skip(str(refusal).splitlines()[0])
+@pytest.fixture(params=["", "baseline", "avx2", "avx512"], ids=lambda level: level or "best")
+def level(request, monkeypatch):
+    """The instructions that the operations take; they choose themselves where none are named."""
+    monkeypatch.setenv("LEMMA_FAST_CPU", request.param)
+    if request.param not in ("", extension.build_info()["cpu"]):
+        pytest.skip(f"this machine has no {request.param}")
     return request.param
 
 
@@ -61,11 +59,11 @@ def test_one_face():
 
 
 @pytest.mark.parametrize("axis", [2, 3])
-def test_bigru_at_the_models_sizes(lanes, axis):
+def test_bigru_at_the_models_sizes(level, axis):
     weights = gru(64, 32)
     features = (2 * torch.randn(2, 64, 16, 64)).to(memory_format=LAST)
     packed = native.pack_bigru(weights)
-    got = torch.ops.lemma_fast.bigru_cpu(features, packed, 32, axis, lanes)
+    got = torch.ops.lemma_fast.bigru_cpu(features, packed, 32, axis)
     assert_close(got, exact_bigru(features, axis, weights), FORWARD)
 
 
@@ -85,7 +83,9 @@ def test_bigru_of_drawn_shapes(N, C, hidden, lines, steps, axis, wide):
     features = torch.randn(N, C, *size)
     if N > 0:
         packed = native.pack_bigru(weights)
-        got = torch.ops.lemma_fast.bigru_cpu(features, packed, hidden, axis, 0 if wide else 4)
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("LEMMA_FAST_CPU", "" if wide else "baseline")
+            got = native.bigru_packed(features, axis, packed, hidden)
         assert_close(got, exact_bigru(features, axis, weights), FORWARD)
     else:
         assert native.bigru(features, axis, weights).shape == (0, 2 * hidden, *size)
@@ -109,22 +109,22 @@ def test_bigru_keeps_the_layout():
         assert got.is_contiguous(memory_format=layout)
 
 
-def test_bigru_saturates_as_the_reference(lanes):
+def test_bigru_saturates_as_the_reference(level):
     weights = gru(8, 16)
     features = torch.randn(2, 8, 3, 5) * torch.tensor([1e2, 1e4])[:, None, None, None]
     features[0, 0, 0, 0], features[1, 1, 1, 1] = float("inf"), -float("inf")
     packed = native.pack_bigru(weights)
-    got = torch.ops.lemma_fast.bigru_cpu(features, packed, 16, 2, lanes)
+    got = torch.ops.lemma_fast.bigru_cpu(features, packed, 16, 2)
     torch.testing.assert_close(got, exact_bigru(features, 2, weights), equal_nan=True)
 
 
 @pytest.mark.parametrize("axis", [2, 3])
-def test_bigru_confines_nan_to_its_sequence(lanes, axis):
+def test_bigru_confines_nan_to_its_sequence(level, axis):
     weights = gru(8, 16)
     features = torch.randn(2, 8, 7, 9)
     features[1, 3, 4, 5] = float("nan")
     packed = native.pack_bigru(weights)
-    got = torch.ops.lemma_fast.bigru_cpu(features, packed, 16, axis, lanes)
+    got = torch.ops.lemma_fast.bigru_cpu(features, packed, 16, axis)
     expected = reference.bigru(features, axis, weights)
     assert expected.isnan().sum() > 0
     torch.testing.assert_close(got, expected, equal_nan=True)
@@ -159,8 +159,6 @@ def test_bigru_refuses_what_it_cannot_take():
             native.bigru_packed(wrong, 2, packed, 16)
     with pytest.raises(RuntimeError, match="8 channels and 0 hidden|hidden is 0"):
         native.bigru_packed(features, 2, packed, 0)
-    with pytest.raises(RuntimeError, match="no vectors of 5 floats"):
-        torch.ops.lemma_fast.bigru_cpu(features, packed, 16, 2, 5)
     with pytest.raises(ValueError, match=r"bias_hh_reverse is \(47,\), it must be \(48,\)"):
         native.pack_bigru(weights._replace(bias_hh_reverse=weights.bias_hh_reverse[1:]))
     with torch.enable_grad(), pytest.raises(RuntimeError, match="has no gradient"):
@@ -178,12 +176,12 @@ def exact_convolution(features, weight, bias, residual=None, activation="none"):
 
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("activation", ["none", "relu", "mish"])
-def test_winograd_on_every_vector(lanes, activation, tile):
+def test_winograd_on_every_vector(level, activation, tile):
     features, residual = torch.randn(2, 24, 8, 11), torch.randn(2, 17, 8, 11)
     weight, bias = torch.randn(17, 24, 3, 3) / 15, torch.randn(17)
     code = {"none": 0, "relu": 1, "mish": 2}[activation]
     packed = native.pack_winograd(weight, tile)
-    got = torch.ops.lemma_fast.winograd_cpu(features, packed, bias, residual, code, lanes)
+    got = torch.ops.lemma_fast.winograd_cpu(features, packed, bias, residual, code)
     assert_close(got, exact_convolution(features, weight, bias, residual, activation), FORWARD)
     assert got.is_contiguous(memory_format=LAST)
 
@@ -264,57 +262,35 @@ def test_winograd_refuses_what_it_cannot_take():
         native.winograd(features, packed, bias.clone().requires_grad_())
 
 
-# PixelShuffle and the last convolution
-
-
-def exact_projection(features, weight, bias, squash):
-    shuffled = F.pixel_shuffle(features.double(), 2)
-    out = F.conv2d(shuffled, weight.double(), bias.double(), padding=weight.shape[2] // 2)
-    return (torch.tanh(out) if squash else out).float()
-
-
-@pytest.mark.parametrize(
-    ("N", "C", "D", "H", "W", "kernel", "squash"),
-    [
-        (1, 64, 4, 16, 64, 9, True),
-        (1, 16, 3, 2, 5, 9, False),
-        (3, 32, 5, 1, 1, 3, True),
-        (1, 16, 1, 3, 4, 1, False),
-        (0, 16, 4, 2, 2, 9, True),
-    ],
-    ids=str,
-)
-def test_shuffle_project(lanes, N, C, D, H, W, kernel, squash):
-    features = torch.randn(N, 4 * C, H, W)
-    weight, bias = torch.randn(D, C, kernel, kernel) / (kernel * C**0.5), torch.randn(D)
-    ordered = features[:, native.shuffled_channels(4 * C)].to(memory_format=LAST)
-    packed = native.pack_projection(weight)
-    got = torch.ops.lemma_fast.shuffle_project_cpu(ordered, packed, bias, squash, lanes)
-    assert got.shape == (N, D, 2 * H, 2 * W)
-    if N > 0:
-        assert_close(got, exact_projection(features, weight, bias, squash), FORWARD)
-
-
-def test_shuffle_project_refuses_what_it_cannot_take():
-    features, bias = torch.randn(1, 64, 2, 2), torch.zeros(4)
-    packed = native.pack_projection(torch.randn(4, 16, 3, 3))
-    for shape in ((4, 16, 2, 2), (4, 16, 3, 5), (4, 16, 3)):
-        with pytest.raises(ValueError, match="with an odd k"):
-            native.pack_projection(torch.randn(shape))
-    for wrong, message in (
-        ((features.double(), packed, bias), "fp32"),
-        ((features[0], packed, bias), "they have 3 dimensions"),
-        ((features[:, :60], packed, bias), "64, 128, ... channels, they have 60"),
-        ((torch.randn(1, 128, 2, 2), packed, bias), "weights must be packed ones"),
-        ((features, packed, torch.zeros(5)), "the bias holds 5 numbers"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            native.shuffle_project(*wrong)
-    with torch.enable_grad(), pytest.raises(RuntimeError, match="has no gradient"):
-        native.shuffle_project(features.clone().requires_grad_(), packed, bias)
-
-
 # All of them
+
+
+def test_one_variable_steers_every_operation(monkeypatch):
+    """Each level rounds in its own way, so a level that is not taken shows."""
+    if extension.build_info()["cpu"] == "baseline":
+        pytest.skip("this machine has one level")
+    features = torch.randn(2, 64, 16, 64).to(memory_format=LAST)
+    packed_gru = native.pack_bigru(gru(64, 32))
+    packed_weight, bias = native.pack_winograd(torch.randn(64, 64, 3, 3) / 24), torch.randn(64)
+    weights = draw_weights(64, 16, 64)
+    operations = (
+        lambda: native.bigru_packed(features, 3, packed_gru, 32),
+        lambda: native.winograd(features, packed_weight, bias, None, "mish"),
+        lambda: native.adafm(features, features, weights, False),
+    )
+    for operation in operations:
+        results = []
+        for level in ("baseline", "avx2", "avx2"):
+            monkeypatch.setenv("LEMMA_FAST_CPU", level)
+            results.append(operation())
+        assert not torch.equal(results[0], results[1])
+        assert torch.equal(results[1], results[2])
+    monkeypatch.setenv("LEMMA_FAST_CPU", "sse9")
+    for operation in operations:
+        with pytest.raises(RuntimeError, match="'sse9': it can be baseline, avx2 or avx512"):
+            operation()
+    with pytest.raises(ValueError, match="'sse9': it can be baseline, avx2 or avx512"):
+        extension.build_info()
 
 
 def test_registration():
@@ -328,10 +304,6 @@ def test_registration():
             (
                 torch.ops.lemma_fast.winograd_cpu,
                 (native.pack_winograd(torch.randn(20, 64, 3, 3)), torch.zeros(20)),
-            ),
-            (
-                torch.ops.lemma_fast.shuffle_project_cpu,
-                (native.pack_projection(torch.randn(3, 16, 5, 5)), torch.zeros(3), True),
             ),
         ):
             torch.library.opcheck(operation.default, (features, *arguments), test_utils=checks)
