@@ -7,8 +7,7 @@
 #include "adafm/cpu/passes.h"
 #include "adafm/parameters.h"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 // fp64 stays fp64; half types are computed in fp32.
@@ -118,10 +117,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& features, const Tensor&
     using T = decltype(number);
     const Tensor kept = bytes(saved_layout(shape).size * sizeof(T));
     if (features.numel() > 0) {
-      passes<T>().forward(shape, map_of<const T>(readable(features)),
-                          map_of<const T>(readable(guidance)), list.pointers<const T>(),
-                          map_of<T>(out), static_cast<T*>(kept.data_ptr()),
-                          training ? static_cast<T*>(shares.data_ptr()) : nullptr, workers());
+      const Tensor f = readable(features), g = readable(guidance);
+      passes<T>().forward({shape, map_of<const T>(f), map_of<const T>(g), list.pointers<const T>(),
+                           map_of<T>(out), static_cast<T*>(kept.data_ptr()),
+                           training ? static_cast<T*>(shares.data_ptr()) : nullptr, workers()});
     }
     return kept;
   });
@@ -146,10 +145,11 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& features, con
                     "AdaFM's backward pass is for other maps than its forward pass was");
     const Weights<T> pointers = list.gradients<T>(grads);
     if (features.numel() == 0) return;
-    passes<T>().backward(shape, training, map_of<const T>(readable(grad_out)),
-                         map_of<const T>(readable(features)), map_of<const T>(readable(guidance)),
-                         list.pointers<const T>(), static_cast<const T*>(saved.data_ptr()),
-                         map_of<T>(grads[0]), map_of<T>(grads[1]), pointers, workers());
+    const Tensor d = readable(grad_out), f = readable(features), g = readable(guidance);
+    passes<T>().backward({shape, training, map_of<const T>(d), map_of<const T>(f),
+                          map_of<const T>(g), list.pointers<const T>(),
+                          static_cast<const T*>(saved.data_ptr()), map_of<T>(grads[0]),
+                          map_of<T>(grads[1]), pointers, workers()});
   });
   for (Tensor& grad : grads) {
     if (features.numel() == 0) torch::stable::zero_(grad);
@@ -159,8 +159,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& features, con
 }
 
 }  // namespace
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm
 
 extern "C" __attribute__((visibility("default"))) void lemma_fast_adafm_cpu_bytes(
     int64_t images, int64_t channels, int64_t positions, int64_t number, int64_t* folded,

@@ -15,8 +15,7 @@
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 Dtype dtype_of(ScalarType dtype) {
@@ -152,8 +151,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& features, con
 }
 
 }  // namespace
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm
 
 extern "C" __attribute__((visibility("default"))) void lemma_fast_adafm_cuda_bytes(
     int64_t images, int64_t channels, int64_t positions, int64_t number, int64_t* folded,

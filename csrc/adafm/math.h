@@ -7,11 +7,11 @@
 //   h_4 = reduce_4 (gate * x_2),   u_4 = PReLU(BN(h_4)),   x_4 = project_4 u_4
 //   out = BN(f),   f = x_3 + x_4
 //
-// Every matrix is a 1x1 convolution [outputs, inputs] with a bias, C x C (reduce_1 to reduce_3 take
-// 2 C inputs); GDW is a depth-wise convolution as large as the map. Passes: inference folds every
-// norm into a neighbouring matrix, so it is one pass up to the gate and one behind it. In training
-// a norm needs the whole batch before anything goes on: cpu/forward.h and cuda/forward.cu list the
-// passes.
+// In code branch i has the index i - 1. Every matrix is a 1x1 convolution [outputs, inputs] with a
+// bias, C x C (reduce_1 to reduce_3 take 2 C inputs); GDW is a depth-wise convolution as large as
+// the map. Passes: inference folds every norm into a neighbouring matrix, so it is one pass up to
+// the gate and one behind it. In training a norm needs the whole batch before anything goes on:
+// cpu/forward.h, cpu/backward.h, cuda/forward.cu and cuda/backward.cu list the passes.
 
 #pragma once
 
@@ -24,8 +24,7 @@
 #define LEMMA_FAST_BOTH inline __attribute__((always_inline))
 #endif
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 
 constexpr double kEpsilon = 1e-5, kMomentum = 0.1;
 constexpr int kBranches = 3;
@@ -60,7 +59,6 @@ struct Weights {
   Branch<T> branches[kBranches];
   T *global_weight, *global_bias;
   T *gate_weight1, *gate_bias1, *gate_weight2, *gate_bias2, *gate_weight3, *gate_bias3;
-  // reduce_4 and project_4.
   Branch<T> aggregate;
   Norm<T> out_norm;
 };
@@ -68,7 +66,7 @@ struct Weights {
 constexpr int kWeights = 52;
 static_assert(sizeof(Weights<float>) == kWeights * sizeof(float*), "AdaFMWeights has 52 tensors");
 
-// Branch 3, counted from 0, is the aggregation.
+// Index 3 is the aggregation, which has reduce_4 and project_4.
 template <typename T>
 LEMMA_FAST_BOTH const Branch<T>& branch_of(const Weights<T>& weights, int branch) {
   return branch < kBranches ? weights.branches[branch] : weights.aggregate;
@@ -210,5 +208,4 @@ LEMMA_FAST_BOTH VectorSource<T> vector_source(const Weights<T>& weights, int vec
   return {data, nullptr, kNorms};
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

@@ -11,8 +11,7 @@
 #include "adafm/math.h"
 #include "tensors.h"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 
 inline void check_maps(const Tensor& features, const Tensor& guidance) {
   STD_TORCH_CHECK(features.dim() == 4 && guidance.dim() == 4, "AdaFM takes maps [N, C, H, W]");
@@ -124,5 +123,4 @@ inline void check_weights_fit(const std::vector<Tensor>& weights, const Tensor& 
                   "AdaFM's parameters and features lie on several devices");
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

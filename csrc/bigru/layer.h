@@ -1,13 +1,13 @@
-// Bidirectional GRU along the height or the width of a map, for inference on
-// the CPU in fp32.
+// Bidirectional GRU along the height or the width of a map, for inference on the CPU in fp32:
 //
-//   r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)    z likewise    n = tanh(W_in x + b_in + r (W_hn h
-//   + b_hn)) h' = n + z (h - n)
+//   r = sigmoid(W_ir x + b_ir + W_hr h + b_hr),   z likewise
+//   n = tanh(W_in x + b_in + r (W_hn h + b_hn)),   h' = n + z (h - n)
 //
 // A task is one direction of a tile of sequences. A step gathers the sequences' inputs from the map
 // where they lie, and takes both products and the gates in registers: lanes are hidden units, a row
 // of weights is read once for all sequences of the tile. Memory moved: the map twice (once for each
-// direction), the result once; the weights, 36 kB for 64 channels and 32 units, stay in the cache.
+// direction), the result once; the weights, 37 kB a direction for 64 channels and 32 units, stay in
+// the cache.
 
 #pragma once
 

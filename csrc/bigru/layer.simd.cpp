@@ -2,8 +2,7 @@
 
 #include "simd/vector.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 namespace {
 
 constexpr int kWidth = kLanes<float>;
@@ -87,5 +86,4 @@ void run_tile(const GruLayer& layer, const float* const* input, float* const* ou
 
 extern const GruTiles gru_tiles{{kTile, run_tile<kTile>}, {kTile / 2, run_tile<kTile / 2>}};
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

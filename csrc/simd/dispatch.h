@@ -28,7 +28,6 @@ const Table& choose(const Table& baseline, const Table& avx2, const Table& avx51
 
 // SIMD_DECLARE, in namespace lemma_fast, declares a table of functions that a *.simd.cpp defines as
 // `extern const Table name`; SIMD_CHOOSE is the one to call.
-#if defined(__x86_64__)
 #define SIMD_DECLARE(Table, name) \
   namespace baseline {            \
   extern const Table name;        \
@@ -39,14 +38,11 @@ const Table& choose(const Table& baseline, const Table& avx2, const Table& avx51
   namespace avx512 {              \
   extern const Table name;        \
   }
+#if defined(__x86_64__)
 #define SIMD_CHOOSE(name)                                                      \
   ::lemma_fast::choose(::lemma_fast::baseline::name, ::lemma_fast::avx2::name, \
                        ::lemma_fast::avx512::name)
 #else
-#define SIMD_DECLARE(Table, name) \
-  namespace baseline {            \
-  extern const Table name;        \
-  }
 #define SIMD_CHOOSE(name)                                                          \
   ::lemma_fast::choose(::lemma_fast::baseline::name, ::lemma_fast::baseline::name, \
                        ::lemma_fast::baseline::name)

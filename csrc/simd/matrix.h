@@ -8,8 +8,7 @@
 
 #include "simd/vector.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 // Rows and vectors of one step of a product: as many accumulators as the registers hold.
 #if defined(__AVX512F__)
@@ -170,5 +169,4 @@ void product(const Left<T>& a, int64_t rows, const T* b, int64_t b_row, T* c, in
   product_columns<T, kStepVectors>(a, rows, b, b_row, c, c_row, columns, inner, bias, add);
 }
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

@@ -9,8 +9,7 @@
 #endif
 #define SIMD_INLINE inline __attribute__((always_inline))
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -20,21 +19,11 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <int bytes>
-struct Integer;
-template <>
-struct Integer<4> {
-  using Type = int32_t;
-};
-template <>
-struct Integer<8> {
-  using Type = int64_t;
-};
-
 template <class T>
 struct Simd {
   typedef T Vector __attribute__((vector_size(kVectorBytes)));
-  typedef typename Integer<sizeof(T)>::Type Index __attribute__((vector_size(kVectorBytes)));
+  // As many integers of the same size.
+  using Index = decltype(Vector{} < Vector{});
   // The same in memory, where it may lie anywhere.
   typedef T Loose __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
@@ -102,5 +91,4 @@ SIMD_INLINE Vector<float> mish(Vector<float> x) {
   return x * (product / (product + 2.0f));
 }
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

@@ -1,14 +1,14 @@
-// 3x3 convolution, stride 1, padding 1, of channels-last maps by Winograd's algorithm F(S x S, 3 x
-// 3), for inference on the CPU in fp32:
+// 3x3 convolution, stride 1, padding 1, of channels-last maps for inference on the CPU in fp32, by
+// Winograd's algorithm F(S x S, 3 x 3). For each tile of S x S results
 //
 //   y = A^T [ sum over c of (G g_c G^T) * (B^T x_c B) ] A
 //
-// for each tile of S x S results. Three passes: the input transform B^T x B of all tiles, one
-// batched matrix product of PyTorch's over the channels, and the output transform with bias,
-// residual and activation. `lemma_fast.ops.native.pack_winograd` makes G g G^T. With T = S + 2 a
-// tile takes T x T products for each pair of channels in place of 9 S x S: 16 for 36 with S = 2, 36
-// for 144 with S = 4. Transformed tiles are T x T / (S x S) times the map (4 or 2.25), written and
-// read once each way, a group of images at a time that stays in the cache.
+// Three passes: the input transform B^T x B of all tiles, one batched matrix product of PyTorch's
+// over the channels, and the output transform with bias, residual and activation;
+// `lemma_fast.ops.native.pack_winograd` makes G g G^T. With T = S + 2 a tile takes T x T products
+// for each pair of channels in place of 9 S x S: 16 for 36 with S = 2, 36 for 144 with S = 4.
+// Transformed tiles are T x T / (S x S) times as large as the map (4 or 2.25); they are written and
+// read once each way, for as many images at a time as stay in the cache.
 
 #pragma once
 

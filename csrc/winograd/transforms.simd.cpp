@@ -5,8 +5,7 @@
 
 #include "simd/vector.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 namespace {
 
 using Floats = Vector<float>;
@@ -135,5 +134,4 @@ void transform_outputs(const WinogradMap& map, const float* products, const floa
 extern const WinogradKernels winograd_kernels{{transform_inputs<2>, transform_outputs<2>},
                                               {transform_inputs<4>, transform_outputs<4>}};
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

@@ -81,6 +81,7 @@ PYBIND11_MODULE(adafm_emulated, module) {
            py::arg("images"), py::arg("channels"), py::arg("positions"), py::arg("dtype"),
            py::arg("tf32"));
   py::class_<Buffer>(module, "Buffer");
+  module.def("saved_bytes", saved_bytes);
   module.def("inference", inference);
   module.def("forward", forward);
   module.def("backward", backward);

@@ -203,6 +203,16 @@ def test_nothing_is_done_for_no_images(emulator):
     assert all(torch.equal(x, named(weights)[n]) for n, x in found.statistics.items())
 
 
+@pytest.mark.parametrize(("C", "P"), [(64, 1024), (7, 15)])
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_kept_is_linear_in_the_images(emulator, C, P, number):
+    """So that its size can be computed for a number of images that is a symbol."""
+    none, one, many = (
+        emulator.saved_bytes(emulator.Shape(N, C, P, number, False)) for N in (0, 1, 13)
+    )
+    assert many == none + 13 * (one - none)
+
+
 def test_limits_are_named(emulator):
     features, guidance, weights = draw(1, 65, 1, 2, "fp32")
     with pytest.raises(RuntimeError, match="1 to 64 channels"):

@@ -2,9 +2,12 @@
 // result. A pass over the tiles ends where sums over all positions are needed, by a batch norm or
 // by the gate of an image:
 //
-//   1  sums of the last norm          2  f to h_3 and h_4              3  h_4 to u_2 and the gate's
-//   matrix 4  the gate                       5  GDW, x_1 to h_1               6  h_1, h_2, h_3 to
-//   both maps 7  the guidance's norm (in training)
+//   last_norm            sums of the last norm
+//   last_projections     f to h_3 and h_4
+//   gate                 h_4 to u_2, and the gate of each image
+//   global_convolution   GDW, x_1 to h_1
+//   both_maps            h_1, h_2, h_3 to both maps
+//   guidance_norm        the guidance's map once more, in training
 //
 // Each thread adds the parameters' gradients up by itself, in the layout of Folded with matrices as
 // [outputs, inputs]; at the end they are added and handed out.
@@ -13,19 +16,19 @@
 
 #include "adafm/cpu/gate.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 template <class T>
 struct Backward {
-  const Shape& shape;
-  const bool training;
-  const Map<const T>&grad_out, &features, &guidance;
-  const Weights<const T>& weights;
-  const T* saved;
-  const Map<T>&grad_features, &grad_guidance;
-  const Weights<T>& grads;
-  const Workers& workers;
+  const BackwardArguments<T>& arguments;
+  const Shape& shape = arguments.shape;
+  const bool training = arguments.training;
+  const Map<const T>&features = arguments.features, &guidance = arguments.guidance;
+  const Map<T>& grad_guidance = arguments.grad_guidance;
+  const Weights<const T>& weights = arguments.weights;
+  const Weights<T>& grads = arguments.grads;
+  const T* saved = arguments.saved;
+  const Workers& workers = arguments.workers;
 
   const int64_t C = shape.channels, width = padded(C), N = shape.images, P = shape.positions;
   // A matrix and, behind it, its bias.
@@ -130,7 +133,7 @@ struct Backward {
   void last_norm() const {
     each_tile([&](int64_t share, int64_t t, T* space) {
       const int64_t rows = tiles.size(t);
-      load_rows(grad_out, tiles.image(t), tiles.first(t), rows, C, space, width);
+      load_rows(arguments.grad_out, tiles.image(t), tiles.first(t), rows, C, space, width);
       out_sums.add(share, space, width, saved + in.sum + tiles.row(t) * width, width,
                    mean(kOutNorm), rows, space + rows * width);
     });
@@ -142,7 +145,7 @@ struct Backward {
       const int64_t rows = tiles.size(t), first = tiles.row(t);
       T *d_sum = space, *u = space + rows * width, *d_u = space + 2 * rows * width;
       const Parameters<T> mine = sums(share);
-      load_rows(grad_out, tiles.image(t), tiles.first(t), rows, C, d_sum, width);
+      load_rows(arguments.grad_out, tiles.image(t), tiles.first(t), rows, C, d_sum, width);
       norm_backward<T>(d_sum, width, saved + in.sum + first * width, width, mean(kOutNorm),
                        factors + kOutNorm * 3 * width, rows, width, d_sum, width);
       add_rows<T>(d_sum, rows, width, mine.vector(kLastBias));
@@ -274,7 +277,7 @@ struct Backward {
                      d_both + half * width, 2 * width, width, width, nullptr, i > 0);
         }
       }
-      store_rows<T>(d_both, 2 * width, grad_features, image, start, rows, C);
+      store_rows<T>(d_both, 2 * width, arguments.grad_features, image, start, rows, C);
       store_rows<T>(d_both + width, 2 * width, grad_guidance, image, start, rows, C);
     });
   }
@@ -325,14 +328,10 @@ struct Backward {
         }
       }
       moment -= statistics[k] * sum;
-      const double inverse = statistics[width + k];
-      grads.guidance_norm.weight[k] = static_cast<T>(moment * inverse);
-      grads.guidance_norm.bias[k] = static_cast<T>(sum);
+      norm_gradients(weights.guidance_norm, statistics[width + k], k, sum, moment, count, training,
+                     grads.guidance_norm, last, width);
       // The scale is in the gradient already.
-      const double scale = weights.guidance_norm.weight[k] * inverse;
       last[k] = 1;
-      last[width + k] = static_cast<T>(-scale * inverse * inverse * moment / count);
-      last[2 * width + k] = static_cast<T>(-scale * sum / count);
     }
     if (!training) return;
     const Map<const T> unfinished{grad_guidance.data, grad_guidance.image, grad_guidance.channel,
@@ -349,12 +348,8 @@ struct Backward {
 };
 
 template <class T>
-void backward(const Shape& shape, bool training, const Map<const T>& grad_out,
-              const Map<const T>& features, const Map<const T>& guidance,
-              const Weights<const T>& weights, const T* saved, const Map<T>& grad_features,
-              const Map<T>& grad_guidance, const Weights<T>& grads, const Workers& workers) {
-  Backward<T> pass{shape, training,      grad_out,      features, guidance, weights,
-                   saved, grad_features, grad_guidance, grads,    workers};
+void backward(const BackwardArguments<T>& arguments) {
+  Backward<T> pass{arguments};
   pass.start();
   pass.last_norm();
   pass.last_projections();
@@ -365,5 +360,4 @@ void backward(const Shape& shape, bool training, const Map<const T>& grad_out,
   pass.guidance_norm();
 }
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

@@ -4,8 +4,7 @@
 
 #include "adafm/cpu/norm.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 // Parameters, or their gradients, that lie as Folded says.
 template <class T>
@@ -95,5 +94,4 @@ void fold_guidance(const Shape& shape, const Weights<const T>& weights, const T*
   fold_norms<T>(shape, weights, norms, folded);
 }
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

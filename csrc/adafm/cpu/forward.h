@@ -1,18 +1,18 @@
 // The forward pass that backward can follow: passes over the tiles, one after another because a
-// norm's statistics need the whole batch. In training
+// norm's statistics need the whole batch:
 //
-//   1  statistics of the guidance      2  h_1, h_2, h_3 with statistics    3  x_1 into GDW
-//   4  the gate and its matrix         5  h_4 with statistics              6  f with statistics
-//   7  the result
-//
-// In evaluation there are no statistics to take: pass 1 is left out.
+//   1  statistics of the guidance, in training
+//   2  h_1, h_2, h_3 with statistics
+//   3  x_1 into GDW; then the gate of each image and its matrix
+//   4  h_4 with statistics
+//   5  f with statistics
+//   6  the result
 
 #pragma once
 
 #include "adafm/cpu/gate.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 // Turn the moments of tiles [tiles, 2, norms * C] into the statistics of `norms` norms in a row,
 // and into what they add to the running ones.
@@ -37,9 +37,8 @@ void batch_statistics(const Tiles& tiles, int64_t C, const T* parts, int norms, 
 }
 
 template <class T>
-void forward(const Shape& shape, const Map<const T>& features, const Map<const T>& guidance,
-             const Weights<const T>& weights, const Map<T>& out, T* saved, T* shares,
-             const Workers& workers) {
+void forward(const ForwardArguments<T>& arguments) {
+  const auto& [shape, features, guidance, weights, out, saved, shares, workers] = arguments;
   const int64_t C = shape.channels, width = padded(C), N = shape.images;
   const Saved in = saved_layout(shape);
   const Tiles tiles(shape, workers.threads);
@@ -157,5 +156,4 @@ void forward(const Shape& shape, const Map<const T>& features, const Map<const T
   });
 }
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

@@ -5,8 +5,7 @@
 
 #include "adafm/cpu/fold.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 // What the global convolution gives in one image, from `parts` [tiles, padded(C)] of its sum.
 template <class T>
@@ -102,5 +101,4 @@ void gate_backward(const Parameters<const T>& folded, const Parameters<const T>&
   for (int64_t c = 0; c < width; ++c) to.vector(kGlobalBias)[c] += d_pooled[c];
 }
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

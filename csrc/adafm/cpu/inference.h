@@ -1,12 +1,10 @@
-// Inference on folded parameters: two passes over the tiles of an image, with the gate between
-// them.
+// Inference on folded parameters: two passes over the tiles of an image, the gate between them.
 
 #pragma once
 
 #include "adafm/cpu/gate.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 // `kept` [P, 2 C] holds u_2 and u_3 from one pass to the other, `parts` [tiles, C] the tiles'
 // shares of what the global convolution gives.
@@ -101,5 +99,4 @@ void inference(const Shape& shape, const Map<const T>& features, const Map<const
   });
 }
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

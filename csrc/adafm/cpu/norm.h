@@ -4,8 +4,7 @@
 
 #include "adafm/cpu/tiles.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 // x = PReLU(x * scale + shift), or without a norm where `scale` is null, in place or from `from`.
 template <class T>
@@ -81,6 +80,23 @@ void running(const Norm<const T>& norm, int64_t C, T* statistics) {
   }
 }
 
+// From the sums over `count` positions of g and of g * (x - mean) for one channel: the gradients of
+// weight and bias, and [3, padded(C)] `factors` with which
+// g * factors[0] + (x - mean) * factors[1] + factors[2] is the gradient of x.
+template <class T>
+void norm_gradients(const Norm<const T>& norm, T inverse_deviation, int64_t c, double sum,
+                    double moment, int64_t count, bool training, const Norm<T>& grads, T* factors,
+                    int64_t width) {
+  const double inverse = inverse_deviation, scale = norm.weight[c] * inverse;
+  grads.weight[c] = static_cast<T>(moment * inverse);
+  grads.bias[c] = static_cast<T>(sum);
+  factors[c] = static_cast<T>(scale);
+  if (training) {
+    factors[width + c] = static_cast<T>(-scale * inverse * inverse * moment / count);
+    factors[2 * width + c] = static_cast<T>(-scale * sum / count);
+  }
+}
+
 // What a norm's gradients need: the sums over all positions of g and of g * (x - mean).
 template <class T>
 class NormSums {
@@ -109,8 +125,6 @@ class NormSums {
     for (int64_t c = 0; c < 2 * width_; ++c) sums[c] += space[c];
   }
 
-  // Write the gradients of weight and bias, and [3, width] `factors` with which
-  // g * factors[0] + (x - mean) * factors[1] + factors[2] is the gradient of x.
   void finish(const Norm<const T>& norm, const T* statistics, int64_t C, int64_t count,
               bool training, const Norm<T>& grads, T* factors) const {
     fill(factors, 3 * width_, T(0));
@@ -120,14 +134,8 @@ class NormSums {
         sum += sums_[s * 2 * width_ + c];
         moment += sums_[s * 2 * width_ + width_ + c];
       }
-      const double inverse = statistics[width_ + c], scale = norm.weight[c] * inverse;
-      grads.weight[c] = static_cast<T>(moment * inverse);
-      grads.bias[c] = static_cast<T>(sum);
-      factors[c] = static_cast<T>(scale);
-      if (training) {
-        factors[width_ + c] = static_cast<T>(-scale * inverse * inverse * moment / count);
-        factors[2 * width_ + c] = static_cast<T>(-scale * sum / count);
-      }
+      norm_gradients(norm, statistics[width_ + c], c, sum, moment, count, training, grads, factors,
+                     width_);
     }
   }
 
@@ -170,5 +178,4 @@ T activate_backward(const T* d_u, const T* x, int64_t x_row, const T* scale, con
   return sum;
 }
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

@@ -9,8 +9,7 @@
 #include "adafm/math.h"
 #include "simd/dispatch.h"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 
 // A map [N, C, P] in memory, with P positions in raster order: `channel` or `position` is 1.
 template <class T>
@@ -57,6 +56,31 @@ LEMMA_FAST_BOTH Saved saved_layout(const Shape& shape) {
   return at;
 }
 
+template <class T>
+struct ForwardArguments {
+  Shape shape;
+  Map<const T> features, guidance;
+  Weights<const T> weights;
+  Map<T> out;
+  T* saved;
+  // In training [kNorms, 2, channels] for what the batch adds to the running means and variances;
+  // else null, and the running statistics are used.
+  T* shares;
+  Workers workers;
+};
+
+template <class T>
+struct BackwardArguments {
+  Shape shape;
+  bool training;
+  Map<const T> grad_out, features, guidance;
+  Weights<const T> weights;
+  const T* saved;
+  Map<T> grad_features, grad_guidance;
+  Weights<T> grads;
+  Workers workers;
+};
+
 // Everything is fp32 or everything fp64.
 template <class T>
 struct Passes {
@@ -64,19 +88,14 @@ struct Passes {
   void (*fold)(const Shape& shape, const Weights<const T>& weights, T* folded);
   void (*inference)(const Shape& shape, const Map<const T>& features, const Map<const T>& guidance,
                     const T* folded, const Map<T>& out, const Workers& workers);
-  // In training `shares` [kNorms, 2, channels] gets what the batch adds to the running means and
-  // variances; else it is null, and the running statistics are used.
-  void (*forward)(const Shape& shape, const Map<const T>& features, const Map<const T>& guidance,
-                  const Weights<const T>& weights, const Map<T>& out, T* saved, T* shares,
-                  const Workers& workers);
+  void (*forward)(const ForwardArguments<T>& arguments);
   // Writes every gradient but those of running statistics, whose pointers may be null.
-  void (*backward)(const Shape& shape, bool training, const Map<const T>& grad_out,
-                   const Map<const T>& features, const Map<const T>& guidance,
-                   const Weights<const T>& weights, const T* saved, const Map<T>& grad_features,
-                   const Map<T>& grad_guidance, const Weights<T>& grads, const Workers& workers);
+  void (*backward)(const BackwardArguments<T>& arguments);
 };
 
-}  // namespace adafm
+}  // namespace lemma_fast::adafm
+
+namespace lemma_fast {
 
 SIMD_DECLARE(adafm::Passes<float>, adafm_fp32)
 SIMD_DECLARE(adafm::Passes<double>, adafm_fp64)

@@ -5,13 +5,11 @@
 #include "adafm/cpu/forward.h"
 #include "adafm/cpu/inference.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 extern const Passes<float> adafm_fp32{fold<float>, inference<float>, forward<float>,
                                       backward<float>};
 extern const Passes<double> adafm_fp64{fold<double>, inference<double>, forward<double>,
                                        backward<double>};
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

@@ -5,8 +5,7 @@
 #include "adafm/cpu/passes.h"
 #include "simd/matrix.h"
 
-namespace lemma_fast {
-namespace SIMD_LEVEL {
+namespace lemma_fast::SIMD_LEVEL {
 
 using namespace lemma_fast::adafm;
 
@@ -109,5 +108,4 @@ void add_rows(const T* x, int64_t rows, int64_t width, T* sums) {
   }
 }
 
-}  // namespace SIMD_LEVEL
-}  // namespace lemma_fast
+}  // namespace lemma_fast::SIMD_LEVEL

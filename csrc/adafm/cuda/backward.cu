@@ -1,20 +1,22 @@
-// The backward pass, in 14 launches:
+// The backward pass, in 14 launches. v_i, the argument of PReLU, is the norm of h_i:
 //
-//   sums of the last norm; that norm     f to v_3 and v_4; their norms     h_4 to gate * x_2; the
-//   gate x_1 and x_2 to v_1 and v_2; their norms     h_1, h_2, h_3 to both maps; the guidance's
-//   norm; its map the matrices' gradients (two launches); the gate's, the global convolution's and
-//   the slopes'
+//   1, 2     sums of the last norm; that norm
+//   3, 4     f to v_3 and v_4; their norms
+//   5, 6     h_4 to gate * x_2; the gate
+//   7, 8     x_1 and x_2 to v_1 and v_2; their norms
+//   9 - 11   h_1, h_2, h_3 to both maps; the guidance's norm; its map
+//   12, 13   the matrices' gradients
+//   14       the gate's, the global convolution's and the slopes'
 //
-// v_i is the argument of PReLU: the norm of h_i. No gradient of an h or x is a map of its own: a
-// Source computes it from that of v_i where it is read. Maps moved (of N C P numbers), if within
-// one launch each comes from memory once: 37 read and 8 written, 377 MB at N = 64, C = 64, 16 x 64
-// in 16 bits. Of the 37, 14 are the matrices' gradients', whose 11 products read 30 where no cache
-// helps. The floor, inputs read once and results written once, is 5 maps.
+// No gradient of an h or x is a map of its own: a Source computes it from that of v_i where it is
+// read. Maps moved (of N C P numbers), if within one launch each comes from memory once: 37 read
+// and 8 written, 377 MB at N = 64, C = 64, 16 x 64 in 16 bits. Of the 37, 14 are the matrices'
+// gradients', whose 11 products read 30 where no cache helps. The floor, inputs read once and
+// results written once, is 5 maps.
 
 #include "adafm/cuda/buffers.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 struct BackwardSpace {
@@ -178,5 +180,4 @@ const char* backward_cuda(const CudaShape& shape, bool training, const void* out
   return sequence.error;
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

@@ -4,8 +4,7 @@
 
 #include "adafm/cuda/training.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 
 // Cuts one buffer into aligned pieces; from null it only counts.
 class Pieces {
@@ -101,5 +100,4 @@ struct Sequence {
   }
 };
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

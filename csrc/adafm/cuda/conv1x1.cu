@@ -1,11 +1,9 @@
-// 1x1 convolutions of training, forward and backward: accumulator of matrices times sources, and
-// what a norm wants to know of the result. A block takes the matrices in turn through shared
-// memory.
+// 1x1 convolutions of training, forward and backward: sums of matrices times sources, and what a
+// norm wants to know of the result. A block takes the matrices in turn through shared memory.
 
 #include "adafm/cuda/training.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 // Adds up over the lanes that hold other positions of the same channels.
@@ -192,5 +190,4 @@ const char* launch_conv1x1(const CudaShape& shape, const Conv1x1Group& group, vo
   });
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

@@ -3,8 +3,7 @@
 
 #include "adafm/cuda/folded.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 // A norm of one channel: x * scale + shift.
@@ -85,5 +84,4 @@ const char* fold_cuda(const CudaShape& shape, const Weights<const float>& weight
   });
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

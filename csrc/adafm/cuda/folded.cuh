@@ -8,8 +8,7 @@
 
 #include "adafm/cuda/tiles.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 
 inline Folded folded_layout(const CudaShape& shape) { return {kChannels, shape.positions}; }
 
@@ -27,5 +26,4 @@ FoldedPointers<T> folded_pointers(const CudaShape& shape, const void* folded) {
           reinterpret_cast<float*>(const_cast<std::remove_const_t<T>*>(start + at.vectors()))};
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

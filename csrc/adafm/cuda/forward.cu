@@ -1,7 +1,10 @@
 // The forward pass that backward can follow, in 11 launches:
 //
-//   statistics of the guidance (in training); its norm     h_1, h_2, h_3; their norms
-//   x_1 and x_2; the gate     h_4; its norm     f; its norm     the result
+//   1, 2      statistics of the guidance (in training); its norm
+//   3, 4      h_1, h_2, h_3; their norms
+//   5, 6      x_1 and x_2; the gate
+//   7, 8      h_4; its norm
+//   9 - 11    f; its norm; the result
 //
 // Batch statistics need all images between a convolution and its norm: h_1 to h_3, h_4 and f must
 // each be complete before the next step. These five maps are written, and x_1 and x_2, which
@@ -13,8 +16,7 @@
 
 #include "adafm/cuda/buffers.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 Weights<const float> read_only(const Weights<float>& weights) {
@@ -121,5 +123,4 @@ const char* forward_cuda(const CudaShape& shape, bool training, const void* feat
   return sequence.error;
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

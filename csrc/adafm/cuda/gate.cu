@@ -2,8 +2,7 @@
 
 #include "adafm/cuda/training.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 struct GateShared {
@@ -178,5 +177,4 @@ const char* launch_small_gradients(const CudaShape& shape, const void* x1, const
   });
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

@@ -1,10 +1,9 @@
 // AdaFM in inference: two launches for any number of images, on the parameters that fold.cu made.
 //
-//   pool_kernel   u_1 = PReLU(reduce_1 [features; guidance]), and of x_1 = project_1 u_1, weighted
-//   by
-//                 the global convolution, the sum over each block's positions, for every channel
-//   fuse_kernel   the gate from those accumulator; x_2, u_4 and u_3; out = project_3 u_3 +
-//   project_4 u_4
+//   pool_kernel   u_1 = PReLU(reduce_1 [features; guidance]); for every channel the sum of
+//                 x_1 = project_1 u_1, weighted by GDW, over each block's positions
+//   fuse_kernel   the gate from those sums; x_2, then u_4, then u_3;
+//                 out = project_3 u_3 + project_4 u_4
 //
 // A block keeps 256 positions (128 in fp32) of all channels in registers through the whole chain;
 // the matrices come through shared memory, the next one on its way while one is used.
@@ -18,8 +17,7 @@
 
 #include "adafm/cuda/folded.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 constexpr int kPoolMatrices = reduce_matrix(1);
@@ -293,5 +291,4 @@ const char* inference_cuda(const CudaShape& shape, const void* features, const v
   });
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

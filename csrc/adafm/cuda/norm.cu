@@ -2,8 +2,7 @@
 
 #include "adafm/cuda/training.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 constexpr int kRow = 4;
@@ -183,5 +182,4 @@ const char* launch_write(const CudaShape& shape, const Source& source, void* out
   });
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

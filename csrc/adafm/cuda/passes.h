@@ -12,8 +12,7 @@
 
 #include "adafm/math.h"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 
 enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
@@ -63,5 +62,4 @@ const char* backward_cuda(const CudaShape& shape, bool training, const void* out
                           void* features_gradient, void* guidance_gradient,
                           const Weights<float>& gradients, void* workspace, void* stream);
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

@@ -1,28 +1,31 @@
 // What every AdaFM kernel shares: tiles of 1x1 convolutions that stay in registers.
 //
 // A warp owns positions and all channels of them. A 1x1 convolution is the product of its tile
-// [positions, inputs] with a matrix [inputs, outputs] by mma instructions of 16 positions, 16
-// inputs and 8 outputs. With lane = 4 g + t, each lane holds these fragments of one mma:
+// [positions, inputs] with a matrix [inputs, outputs], by mma instructions of 16 positions, 16
+// inputs and 8 outputs: accumulator += A B. Of these three, lane 4 g + t holds
 //
-//   accumulator [16 positions, 8 outputs], fp32      A [16 positions, 16 inputs], pairs of 16 bits
+//                                                          output           g
+//                                                    +------------------------+
+//                                 inputs 2t, 2t + 1  |                b[0]    |
+//                                    2t + 8, 2t + 9  |                b[1]    |  B
+//                                                    +------------------------+
+//             inputs  2t, 2t + 1   2t + 8, 2t + 9          outputs  2t   2t + 1
+//           +-------------------------------------+  +------------------------+
+//  position |                                     |  |                        |
+//         g |           a[0]           a[2]       |  |             c[0]  c[1] |
+//           |                                     |  |                        |
+//     g + 8 |           a[1]           a[3]       |  |             c[2]  c[3] |
+//           +-------------------------------------+  +------------------------+
+//                            A                              accumulator
 //
-//   position   output 2t   output 2t + 1             position   inputs 2t, 2t + 1   inputs 2t + 8,
-//   2t + 9
-//     g          c[0]         c[1]                     g              a[0]                 a[2]
-//     g + 8      c[2]         c[3]                     g + 8          a[1]                 a[3]
+// An a[] or b[] is a register with two numbers of 16 bits, a c[] is in fp32. Lane 13, for
+// one, has g = 3 and t = 1: positions 3 and 11, inputs 2, 3, 10 and 11, outputs 2 and 3 of the
+// accumulator, and B's output 3.
 //
-//   B [16 inputs, 8 outputs], pairs of 16 bits       e.g. lane 13, g = 3, t = 1, holds c[0] and
-//   c[1] of
-//                                                    position 3 for outputs 2 and 3, c[2] and c[3]
-//                                                    of
-//   inputs               output g                    position 11 for the same, A's position 3 at
-//     2t, 2t + 1           b[0]                      inputs 2, 3, 10, 11, and B's output 3 at those
-//     2t + 8, 2t + 9       b[1]                      same inputs
-//
-// So the accumulators of two neighbouring chunks of 8 outputs, narrowed to 16 bits, are A of the
-// next product: c[0..1] and c[2..3] of chunk 2k are a[0] and a[1], those of chunk 2k + 1 a[2] and
-// a[3]. Chains of convolutions need no shared memory but for the matrices. fp32 goes through two
-// m16n8k8 with inputs taken in the order 2t, 2t + 1 in A and B alike.
+// So two accumulators of neighbouring chunks of 8 outputs, narrowed to 16 bits, are A of the next
+// product: c[0], c[1] of the first are a[0], its c[2], c[3] a[1], and the second's a[2] and a[3].
+// Chains of convolutions need no shared memory but for the matrices. fp32 goes through tf32's mma
+// of 8 inputs, two for these 16; its inputs t and t + 4 are 2t and 2t + 1, in A and B alike.
 //
 // Which position a row is, is free: a lane's rows of all its tiles are neighbours in memory, read
 // in one access.
@@ -34,8 +37,7 @@
 #include "adafm/cuda/device.cuh"
 #include "adafm/cuda/passes.h"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
@@ -305,5 +307,4 @@ auto dispatch_type(Dtype dtype, const Action& action) {
   }
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

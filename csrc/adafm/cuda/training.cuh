@@ -8,8 +8,7 @@
 
 #include "adafm/cuda/tiles.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 
 // The map f(scale[c] x[n, c, p] + second[c] z[n, c, p] + shift[c]) * gate[n, c], where f is the
 // identity or PReLU. What is null is left out.
@@ -205,5 +204,4 @@ size_t weight_gradient_bytes(const CudaShape& shape);
 const char* launch_weight_gradients(const CudaShape& shape, const WeightGradients& gradients,
                                     void* workspace, void* stream);
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm

@@ -8,8 +8,7 @@
 
 #include "adafm/cuda/training.cuh"
 
-namespace lemma_fast {
-namespace adafm {
+namespace lemma_fast::adafm {
 namespace {
 
 // Positions at a time, and a row of them in shared memory: padded, so that rows start in different
@@ -172,5 +171,4 @@ const char* launch_weight_gradients(const CudaShape& shape, const WeightGradient
   });
 }
 
-}  // namespace adafm
-}  // namespace lemma_fast
+}  // namespace lemma_fast::adafm
