@@ -17,6 +17,6 @@ LEMMA_FAST_EXPORT const char* lemma_fast_build_info() { return LEMMA_FAST_BUILD_
 LEMMA_FAST_EXPORT const char* lemma_fast_cpu_level() { return lemma_fast::cpu_level_name(); }
 
 // The most channels that AdaFM takes on CUDA.
-LEMMA_FAST_EXPORT int64_t lemma_fast_adafm_cuda_channels() {
+LEMMA_FAST_EXPORT int64_t lemma_fast_adafm_max_cuda_channels() {
   return lemma_fast::adafm::kMaxCudaChannels;
 }

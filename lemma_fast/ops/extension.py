@@ -63,7 +63,7 @@ def library() -> ctypes.CDLL:
     functions = ctypes.CDLL(str(load()))
     functions.lemma_fast_build_info.restype = ctypes.c_char_p
     functions.lemma_fast_cpu_level.restype = ctypes.c_char_p
-    functions.lemma_fast_adafm_cuda_channels.restype = ctypes.c_int64
+    functions.lemma_fast_adafm_max_cuda_channels.restype = ctypes.c_int64
     return functions
 
 
@@ -80,7 +80,7 @@ def build_info() -> dict[str, Any]:
         wish = os.environ.get("LEMMA_FAST_CPU")
         raise ValueError(f"LEMMA_FAST_CPU is {wish!r}: it can be baseline, avx2 or avx512")
     info: dict[str, Any] = json.loads(library().lemma_fast_build_info().decode())
-    channels = library().lemma_fast_adafm_cuda_channels()
+    channels = library().lemma_fast_adafm_max_cuda_channels()
     return {**info, "cpu": cpu.decode(), "adafm_cuda_channels": channels}
 
 

@@ -176,10 +176,10 @@ const char* launch_conv1x1(const CudaShape& shape, const Conv1x1Group& group, vo
     bool vectors = true;
     for (int i = 0; i < group.count; ++i) {
       const Conv1x1& conv = group.convs[i];
-      vectors = vectors && rows_are_aligned<T>(shape, {conv.out, conv.hidden});
+      vectors = vectors && rows_can_move<T>(shape, {conv.out, conv.hidden});
       for (int j = 0; j < conv.count; ++j) {
         const Source& source = conv.terms[j].source;
-        vectors = vectors && rows_are_aligned<T>(shape, {source.x, source.z});
+        vectors = vectors && rows_can_move<T>(shape, {source.x, source.z});
       }
     }
     dim3 grid = grid_of(shape.images * blocks);

@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "adafm/cuda/tiles.cuh"
+#include "adafm/cuda/launch.cuh"
 
 namespace lemma_fast::adafm {
 

@@ -276,17 +276,17 @@ const char* inference_cuda(const CudaShape& shape, const void* features, const v
     constexpr bool Full = decltype(variant)::Full;
     const int64_t blocks = blocks_an_image<T>(shape);
     const auto pointers = folded_pointers<const T>(shape, folded);
-    const bool vectors = rows_are_aligned<T>(shape, {features, guidance, out});
+    const bool vectors = rows_can_move<T>(shape, {features, guidance, out});
     const dim3 grid = grid_of(shape.images * blocks);
     if (grid.x == 0) return "AdaFM: too many positions for one launch";
-    const T *r = static_cast<const T*>(features), *x = static_cast<const T*>(guidance);
+    const T *f = static_cast<const T*>(features), *g = static_cast<const T*>(guidance);
     float* pooled = static_cast<float*>(workspace);
     const int channels = static_cast<int>(shape.channels), each = static_cast<int>(blocks);
-    if (const char* error = launch(pool_kernel<T, Full>, grid, kThreads, stream, r, x, pointers,
+    if (const char* error = launch(pool_kernel<T, Full>, grid, kThreads, stream, f, g, pointers,
                                    channels, shape.positions, each, vectors, pooled)) {
       return error;
     }
-    return launch(fuse_kernel<T, Full>, grid, kThreads, stream, r, x, pointers, channels,
+    return launch(fuse_kernel<T, Full>, grid, kThreads, stream, f, g, pointers, channels,
                   shape.positions, each, vectors, pooled, static_cast<T*>(out));
   });
 }

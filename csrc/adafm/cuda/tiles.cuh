@@ -32,8 +32,6 @@
 
 #pragma once
 
-#include <initializer_list>
-
 #include "adafm/cuda/device.cuh"
 #include "adafm/cuda/passes.h"
 
@@ -235,75 +233,6 @@ __device__ void store_chunk(const Place<T, Tile<T>::kRows>& place, T* map, int n
       row.values[2 * m + 1] = narrow<T>(accumulator[m][n][2 + parity]);
     }
     place.store(map, chunk_channel(n) + parity, row);
-  }
-}
-
-// Host side: what launchers need in common.
-
-inline const char* refuse(const CudaShape& shape) {
-  if (shape.channels < 1 || shape.channels > kMaxCudaChannels) {
-    return "AdaFM on CUDA takes 1 to 64 channels";
-  }
-  if (shape.positions < 1) return "AdaFM needs at least one position";
-  return nullptr;
-}
-
-// Whether a thread may move rows of these maps in one access; null maps do not matter.
-template <class T, int Rows>
-bool rows_can_move(const CudaShape& shape, std::initializer_list<const void*> maps) {
-  bool aligned = shape.positions % Rows == 0;
-  for (const void* map : maps) {
-    aligned = aligned && reinterpret_cast<uintptr_t>(map) % (Rows * sizeof(T)) == 0;
-  }
-  return aligned;
-}
-
-template <class T>
-bool rows_are_aligned(const CudaShape& shape, std::initializer_list<const void*> maps) {
-  return rows_can_move<T, Tile<T>::kRows>(shape, maps);
-}
-
-template <class T>
-int64_t blocks_an_image(const CudaShape& shape) {
-  constexpr int kPositions = Tile<T>::kBlockPositions;
-  return (shape.positions + kPositions - 1) / kPositions;
-}
-
-// One dimension of blocks; none where a launch cannot hold so many.
-inline dim3 grid_of(int64_t blocks) {
-  return dim3(blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : 0u);
-}
-
-// What a kernel is compiled for: number type, and for fp32 the kind of product.
-template <class T_, bool Full_ = false>
-struct Variant {
-  using T = T_;
-  static constexpr bool Full = Full_;
-};
-
-// Calls action(Variant()) with the shape's.
-template <class Action>
-auto dispatch(const CudaShape& shape, const Action& action) {
-  switch (shape.dtype) {
-    case Dtype::float16:
-      return action(Variant<float16>());
-    case Dtype::bfloat16:
-      return action(Variant<bfloat16>());
-    default:
-      return shape.tf32 ? action(Variant<float>()) : action(Variant<float, true>());
-  }
-}
-
-// Calls action(T()) with the number type alone.
-template <class Action>
-auto dispatch_type(Dtype dtype, const Action& action) {
-  switch (dtype) {
-    case Dtype::float16:
-      return action(float16());
-    case Dtype::bfloat16:
-      return action(bfloat16());
-    default:
-      return action(float());
   }
 }
 

@@ -6,7 +6,7 @@
 // no maps of their own.
 #pragma once
 
-#include "adafm/cuda/tiles.cuh"
+#include "adafm/cuda/launch.cuh"
 
 namespace lemma_fast::adafm {
 
