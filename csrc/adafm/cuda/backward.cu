@@ -82,17 +82,18 @@ const char* backward_cuda(const CudaShape& shape, bool training, const void* out
     for (int norm : which) {
       const bool outside = norm == kGuidanceNorm || norm == kOutNorm;
       const Norm<float>& targets = norm_of(gradients, norm);
-      work.norms[work.count] = {norm_of(weights, norm).weight,
-                                keep.norms[norm],
-                                space.partials.of[work.count],
-                                parts,
-                                space.scale[norm],
-                                space.second[norm],
-                                space.shift[norm],
-                                targets.weight,
-                                targets.bias,
-                                outside ? nullptr : space.slope_parts + (norm - kBranchNorm) * C};
-      ++work.count;
+      float* const slopes = outside ? nullptr : space.slope_parts + (norm - kBranchNorm) * C;
+      const Partial* const part = space.partials.of[work.count];
+      work.add() = {norm_of(weights, norm).weight,
+                    keep.norms[norm],
+                    part,
+                    parts,
+                    space.scale[norm],
+                    space.second[norm],
+                    space.shift[norm],
+                    targets.weight,
+                    targets.bias,
+                    slopes};
     }
     sequence.run(launch_norm_backward, training, work);
   };
@@ -149,7 +150,7 @@ const char* backward_cuda(const CudaShape& shape, bool training, const void* out
     }
     conv.out = half == 0 ? features_gradient : guidance_gradient;
   }
-  Conv1x1& to_guidance = reduce.convs[1];
+  Conv1x1& to_guidance = reduce.items[1];
   to_guidance.after = After::kGradients;
   to_guidance.partials = space.partials.of[0];
   to_guidance.hidden = guidance;

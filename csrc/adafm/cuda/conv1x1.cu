@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, Full ? 1 : 2)
                 int blocks, bool vectors) {
   using Shape = Tile<T>;
   auto& matrix = shared_memory<T[kMatrix]>();
-  const Conv1x1& conv = group.convs[blockIdx.y];
+  const Conv1x1& conv = group.items[blockIdx.y];
   const int64_t image = blockIdx.x / blocks;
   const Warp<T> warp = {{thread_position<T>(blockIdx.x % blocks), positions, channels, vectors},
                         image,
@@ -175,7 +175,7 @@ const char* launch_conv1x1(const CudaShape& shape, const Conv1x1Group& group, vo
     const int64_t blocks = blocks_an_image<T>(shape);
     bool vectors = true;
     for (int i = 0; i < group.count; ++i) {
-      const Conv1x1& conv = group.convs[i];
+      const Conv1x1& conv = group.items[i];
       vectors = vectors && rows_can_move<T>(shape, {conv.out, conv.hidden});
       for (int j = 0; j < conv.count; ++j) {
         const Source& source = conv.terms[j].source;

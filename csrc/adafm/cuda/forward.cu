@@ -59,10 +59,8 @@ const char* forward_cuda(const CudaShape& shape, bool training, const void* feat
   const auto norms = [&](std::initializer_list<int> which, int64_t parts) {
     NormForwards work;
     for (int norm : which) {
-      work.norms[work.count] = {norm_of(weights, norm),
-                                training ? partials.of[work.count] : nullptr, parts,
-                                keep.norms[norm]};
-      ++work.count;
+      Partial* const part = training ? partials.of[work.count] : nullptr;
+      work.add() = {norm_of(weights, norm), part, parts, keep.norms[norm]};
     }
     sequence.run(launch_norm_forward, work);
   };

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     norm_forward_kernel(const __grid_constant__ NormForwards norms) {
   auto& shared = shared_memory<double[kWarps]>();
-  const NormForward& work = norms.norms[blockIdx.y];
+  const NormForward& work = norms.items[blockIdx.y];
   const int channel = blockIdx.x;
   float mean, variance;
   if (work.partials) {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     norm_backward_kernel(const __grid_constant__ NormBackwards norms, bool training, double count) {
   auto& shared = shared_memory<double[kWarps]>();
-  const NormBackward& work = norms.norms[blockIdx.y];
+  const NormBackward& work = norms.items[blockIdx.y];
   const int channel = blockIdx.x;
   double first = 0, second = 0, third = 0;
   for (int64_t i = threadIdx.x; i < work.parts; i += kThreads) {

@@ -62,6 +62,15 @@ __device__ void read_source(const Source& source, const Place<T, Rows>& place, i
   }
 }
 
+// What runs side by side in one launch.
+template <class Item>
+struct Group {
+  Item items[kBranches];
+  int count = 0;
+
+  Item& add() { return items[count++]; }
+};
+
 // Per channel, a norm's statistics of one pass and what they make of it: x * scale + shift.
 struct NormState {
   float *mean, *inverse_deviation, *scale, *shift;
@@ -112,14 +121,7 @@ struct Conv1x1 {
   }
 };
 
-// Convolutions that run side by side in one launch.
-struct Conv1x1Group {
-  Conv1x1 convs[3];
-  int count = 0;
-
-  Conv1x1& add() { return convs[count++]; }
-};
-
+using Conv1x1Group = Group<Conv1x1>;
 const char* launch_conv1x1(const CudaShape& shape, const Conv1x1Group& group, void* stream);
 // Parts that a convolution divides each channel into.
 int64_t conv1x1_parts(const CudaShape& shape);
@@ -139,10 +141,7 @@ struct NormForward {
   int64_t parts = 0;
   NormState state{};
 };
-struct NormForwards {
-  NormForward norms[3];
-  int count = 0;
-};
+using NormForwards = Group<NormForward>;
 const char* launch_norm_forward(const CudaShape& shape, const NormForwards& norms, void* stream);
 
 // From partials to parameter gradients, and to dx = scale * gradient + second * x + shift.
@@ -156,10 +155,7 @@ struct NormBackward {
   // One number a channel of the slope's gradient, where there is one.
   float* slope_parts = nullptr;
 };
-struct NormBackwards {
-  NormBackward norms[3];
-  int count = 0;
-};
+using NormBackwards = Group<NormBackward>;
 const char* launch_norm_backward(const CudaShape& shape, bool training, const NormBackwards& norms,
                                  void* stream);
 
