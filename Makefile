@@ -12,6 +12,7 @@ DEMO_OUTPUT ?= demo-output
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
 BIN := $(VENV)/bin
+CSRC := $(wildcard $(foreach d,csrc csrc/* csrc/*/* tests/emulator,$(foreach e,cpp h cu cuh,$(d)/*.$(e))))
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -36,10 +37,12 @@ launches: $(VENV)/.tools  ## prove every kernel launch without a GPU, e.g. with 
 lint: $(VENV)/.tools  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: $(VENV)/.tools  ## mend what `make lint` can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 # The folder map exists only in an installed package, so that is what mypy reads.
 types: $(VENV)/.tools  ## check types and imports of the installed wheel
@@ -102,7 +105,7 @@ $(VENV)/.torch: $(VENV)/.made
 
 # The C++ extension is built with it. Without a compiler it does without, and says so here, because
 # pip keeps what a build says to itself.
-$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	$(PIP_INSTALL) -qq --no-build-isolation --editable .
 	@if [ -f lemma_fast/_C.missing.txt ]; then \
 	    echo "Installed without the C++ extension, which the reference does not need:" \

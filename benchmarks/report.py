@@ -197,7 +197,7 @@ def ops_table(content: Content) -> str:
             continue
         times = {way: entry["stats"]["median"] for way, entry in ways.items()}
         base = times.get("reference", times.get("torch"))
-        own = next((way for way in ("fused", "native") if way in times), None)
+        own = next((way for way in ("fused", "cpp", "native") if way in times), None)
         about = ways[own].get("extra_info", {}) if own else {}
         cells = [base, times.get("compiled"), times[own] if own else None]
         against = [

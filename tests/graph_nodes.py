@@ -169,7 +169,7 @@ def count(dtype: torch.dtype, batches: tuple[int, ...] = (64,)) -> list[Log]:
     logs = []
     # Without an index a PyTorch for the CPU would ask which device is the present one.
     device = torch.device("cuda", 0)
-    plan = Plan(device, dtype, packed=False, native=False, fused=True, compiled=True)
+    plan = Plan(device, dtype, packed=False, cpp=False, fused=True, compiled=True)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),

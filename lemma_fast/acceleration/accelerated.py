@@ -91,13 +91,13 @@ class Accelerated(nn.Module):
         """What runs each part, in words, for people and for the records of a measurement."""
         plan = self.plan
         library = "PyTorch"
-        recurrent = "Triton" if plan.fused else "C++" if plan.native else library
+        recurrent = "Triton" if plan.fused else "C++" if plan.cpp else library
         fusion = library if not plan.compiled else "CUDA" if plan.fused else "C++"
         said = {
             "device": str(plan.device),
             "dtype": str(plan.dtype).removeprefix("torch."),
             "convolutions and products": "oneDNN, packed weights" if plan.packed else library,
-            "3x3 convolutions": "C++, Winograd" if plan.native else "as the others",
+            "3x3 convolutions": "C++, Winograd" if plan.cpp else "as the others",
             "recurrences": recurrent,
             "adaptive fusion": fusion,
             "batches": f"parts of at most {self.parts.limit}",
@@ -276,7 +276,7 @@ def recognized(model: nn.Module) -> LEMMA:
 
 def make_plan(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Plan, str | None]:
     """Choose what runs the parts; says in a sentence what is not used, and why."""
-    plan = Plan(device, dtype, packed=False, native=False, fused=False, compiled=False)
+    plan = Plan(device, dtype, packed=False, cpp=False, fused=False, compiled=False)
     if device.type == "cuda":
         if dtype == torch.float64:
             return plan, "the fused kernels have no float64"
@@ -297,7 +297,7 @@ def make_plan(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[
         cpu.load()
         _register_fusion()
     fast = why is None
-    return replace(plan, packed=can_pack(device, dtype), native=fast, compiled=fast), why
+    return replace(plan, packed=can_pack(device, dtype), cpp=fast, compiled=fast), why
 
 
 def _register_fusion() -> int:

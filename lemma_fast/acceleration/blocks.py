@@ -85,11 +85,11 @@ class FoldedBiGRU(nn.Module):
         self.axis, self.plan = gru.axis, plan
         self.hidden = weights.weight_hh.shape[1]
         self.weights = weights
-        if plan.native:
+        if plan.cpp:
             self.packed = cpu.pack_bigru(weights)
 
     def forward(self, features: Tensor) -> Tensor:
-        if self.plan.native:
+        if self.plan.cpp:
             return cpu.bigru_packed(features, self.axis, self.packed, self.hidden)
         if self.plan.fused:
             from lemma_fast.ops import fused

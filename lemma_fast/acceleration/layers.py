@@ -36,7 +36,7 @@ class Plan:
     dtype: torch.dtype
     packed: bool
     """oneDNN's packed weights."""
-    native: bool
+    cpp: bool
     """The C++ operations of the CPU."""
     fused: bool
     """The Triton kernels of `ops.fused`."""
@@ -92,7 +92,7 @@ class Conv(nn.Module):
         self.few: Tensor | None = None
         self.product: Product | None = None
         self.winograd = (
-            plan.native
+            plan.cpp
             and (height, width, *self.stride) == (3, 3, 1, 1)
             and min(C, D) >= SMALLEST_WINOGRAD
         )

@@ -51,10 +51,10 @@ def _extension() -> tuple[str, bool]:
         return f"{why}; the reference needs none", True
     try:
         info = extension.build_info()
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         return str(error), False
     cuda = f"for CUDA ({info['cuda']})" if info["cuda"] else "for the CPU alone"
-    return f"built {cuda} with torch {info['torch']}; AdaFM takes {info['cpu']} here", True
+    return f"built {cuda} with torch {info['torch']}; on the CPU it takes {info['cpu']} here", True
 
 
 def _devices() -> Iterator[tuple[str, str, bool]]:

@@ -71,7 +71,7 @@ _TRAINED = [i for i in range(_WEIGHTS) if not any(i in (norm + 2, norm + 3) for 
 
 
 def _flatten(weights: AdaFMWeights) -> list[Tensor]:
-    """The 52 tensors in the order of csrc/adafm_math.h, which is that of the named tuples."""
+    """The 52 tensors in the order of csrc/adafm/math.h, which is that of the named tuples."""
     return [
         *weights.guidance_norm,
         *(tensor for branch in weights.branches for tensor in _branch(branch)),
@@ -174,20 +174,14 @@ def _(
 
 
 def _folded_bytes(device: str, C: int, P: int, dtype: torch.dtype) -> int:
-    """Size of what `adafm_fold` makes: csrc/adafm_cpu.h, `Prepared`; on CUDA the kernels say it."""
-    if device == "cuda":
-        kind = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
-        return extension.library().lemma_fast_adafm_folded_bytes(int(C), int(P), kind)
-    C = (C + 15) // 16 * 16
-    return (C * (14 * C + P + 11) + 16) * _computing(dtype).itemsize
+    """Size of what `adafm_fold` makes."""
+    return extension.adafm_bytes(device, (0, int(C), int(P)), dtype)[0]
 
 
 def _saved_bytes(device: str, N: int, C: int, P: int, dtype: torch.dtype) -> int:
-    """Size of what a forward pass keeps: csrc/adafm_cpu.h, `Saved`; csrc/adafm_cuda.cpp."""
-    if device == "cuda":
-        return N * C * (7 * P * dtype.itemsize + 16) + 96 * C + 1024
-    C = (C + 15) // 16 * 16
-    return C * (2 * len(_NORMS) + N + 5 * N * P) * _computing(dtype).itemsize
+    """Size of what a forward pass keeps, which is linear in N: N may be a symbol."""
+    none, one = (extension.adafm_bytes(device, (n, int(C), int(P)), dtype)[1] for n in (0, 1))
+    return none + N * (one - none)
 
 
 def _setup_context(

@@ -8,11 +8,11 @@ from tiny_network import tiny_config
 
 from lemma_fast import LEMMA, LemmaConfig, load
 from lemma_fast.bench import stages
-from lemma_fast.bench import training as training_steps
 from lemma_fast.bench import variants as bench
 from lemma_fast.bench.run import as_line, run
 from lemma_fast.bench.timing import Clock, Rates, Timed, environment, in_turn, ratios, spread
 from lemma_fast.bench.variants import Plan, Unavailable, Variants, count_work, precision, time_model
+from lemma_fast.bench.variants import training as training_steps
 
 CPU = torch.device("cpu")
 PLAN = Plan((1, 2), ("float32",), ("reference", "compiled"), seconds=0.0, rounds=(2, 2))

@@ -66,16 +66,34 @@ def test_architectures_are_those_asked_for(build, monkeypatch):
         build.architecture_flags()
 
 
-def test_files_for_newer_processors_are_compiled_for_them(build, monkeypatch, tmp_path):
+def test_kernels_are_compiled_for_every_level(build, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", script(tmp_path / "cxx", GOOD))
-    monkeypatch.setattr(build, "SOURCES", ["csrc/adafm.cpp", "csrc/adafm_avx2.cpp"])
+    monkeypatch.setattr(build, "SOURCES", ["csrc/gru/binding.cpp", "csrc/gru/layer.simd.cpp"])
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
-    plain, newer, link = build.plan(with_cuda=False)
-    assert "-mavx2" not in plain.command
-    assert "-mavx2" in newer.command
-    assert link.inputs == [plain.output, newer.output]
+    *steps, link = build.plan(with_cuda=False)
+    flags = [
+        [flag for flag in step.command if flag.startswith(("-mavx", "-DSIMD"))] for step in steps
+    ]
+    assert flags[0] == []
+    assert flags[1] == ["-DSIMD_LEVEL=baseline"]
+    assert {"-mavx2", "-DSIMD_LEVEL=avx2"} == set(flags[2])
+    assert {"-mavx512f", "-DSIMD_LEVEL=avx512"} <= set(flags[3])
+    assert link.inputs == [step.output for step in steps]
+    assert len(set(link.inputs)) == 4
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
-    assert "-mavx2" not in build.plan(with_cuda=False)[1].command
+    *steps, _ = build.plan(with_cuda=False)
+    assert len(steps) == 2
+    assert not any(flag.startswith("-mavx") for step in steps for flag in step.command)
+
+
+def test_sources_of_every_folder_are_compiled():
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.c*")}
+    spec = importlib.util.spec_from_file_location("setup_of_lemma_fast", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    headers = {name for name in there if name.endswith(".cuh")}
+    assert there - headers == {*module.SOURCES, *module.CUDA_SOURCES}
+    assert any("/" in name.removeprefix("csrc/") for name in module.CUDA_SOURCES)
 
 
 @pytest.mark.parametrize("ninja", [True, False])
