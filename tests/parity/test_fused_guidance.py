@@ -7,10 +7,9 @@ from closeness import FORWARD, assert_close
 from tiny_network import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lemma_fast import LEMMA
-from lemma_fast.acceleration.guidance import FoldedGuidance, Sight
+from lemma_fast import LEMMA, Prior
+from lemma_fast.acceleration.guidance import FoldedGuidance
 from lemma_fast.acceleration.layers import Plan
-from lemma_fast.acceleration.prior import Reading
 from lemma_fast.ops import reference
 
 COPIES = {"aten::cat", "aten::clone", "aten::_to_copy", "aten::copy_"}
@@ -34,7 +33,7 @@ def test_it_is_the_plain_one_and_packs_no_weights_in_a_call():
     config = tiny_config(alignment_layers=2)
     model = LEMMA(config)
     fused = Plan(
-        torch.device("cpu"), torch.float32, packed=False, native=False, fused=True, compiled=False
+        torch.device("cpu"), torch.float32, packed=False, cpp=False, fused=True, compiled=False
     )
     grid = config.prior.reduction
     h_attn = torch.randn(2, config.max_length, 2 * config.height // grid, 2 * config.width // grid)
@@ -43,16 +42,15 @@ def test_it_is_the_plain_one_and_packs_no_weights_in_a_call():
     shallow = torch.randn(2, config.channels, *config.size)
     with torch.no_grad():
         attention = reference.resize_attention(h_attn, config.size)
-        sight = Sight(
+        given = (
             shallow.contiguous(memory_format=torch.channels_last),
-            Reading(h_attn, logits, logits, lengths),
-            attention,
+            Prior(attention, logits, logits, lengths),
+            h_attn,
         )
         ours = FoldedGuidance(model.guidance, fused)
         with Copied() as copied:
-            out = ours(sight)
-        assert_close(
-            out, FoldedGuidance(model.guidance, replace(fused, fused=False))(sight), FORWARD
-        )
+            out = ours(*given)
+        plain = FoldedGuidance(model.guidance, replace(fused, fused=False))
+        assert_close(out, plain(*given), FORWARD)
     packed = [layers.packed.numel() for layers in ours.layer_weights]
     assert not {*packed, ours.region_weights[0].numel()} & {*copied.sizes}
