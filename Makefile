@@ -16,7 +16,10 @@ CSRC := $(wildcard $(foreach d,csrc csrc/* csrc/*/* tests/emulator,$(foreach e,c
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test launches lint format types bench gpu-bundle fonts system-deps clean
+# Without `slow` and what compiles or trains: the tests of a minute.
+QUICK := tests/unit tests/golden/test_eval.py tests/golden/test_fill.py
+
+.PHONY: help demo check test launches wheel docs lint format types bench gpu-bundle fonts system-deps clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +27,11 @@ help:  ## list these targets
 demo: $(VENV)/.package  ## set up, then double the size of the crops in examples/
 	@$(BIN)/python examples/demo.py $(DEMO_OUTPUT)
 
-test: lint types  ## set up with all tools, then lint, types and tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+check: lint types  ## style, types, import rules and the quick tests: under two minutes
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -q -m "not slow" $(QUICK)
+
+test: lint types  ## set up with all tools, then lint, types and every test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) --durations=25
 
 # .venv with another Triton in front of its own.
 launches: $(VENV)/.tools  ## prove every kernel launch without a GPU, e.g. with TRITON=3.6.0
@@ -44,13 +50,18 @@ format: $(VENV)/.tools  ## mend what `make lint` can mend
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
-# The folder map exists only in an installed package, so that is what mypy reads.
-types: $(VENV)/.tools  ## check types and imports of the installed wheel
+# The folder map exists only in an installed package, so that is what the next two read.
+wheel: $(VENV)/.tools
 	@rm -rf build/lib* build/bdist* build/wheel build/installed
 	$(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(PIP_INSTALL) -qq --no-deps --no-compile --target build/installed build/wheel/*.whl
+
+types: wheel  ## check types and imports of the installed wheel
 	MYPYPATH=build/installed $(BIN)/mypy -p lemma_fast
 	cd build/installed && $(abspath $(BIN))/lint-imports ../../pyproject.toml
+
+docs: wheel $(VENV)/.docs  ## build the documentation site into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(VENV)/.tools  ## time the operations and the model
 	$(BIN)/python -m pytest benchmarks --benchmark-only \
@@ -115,4 +126,8 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 
 $(VENV)/.tools: $(VENV)/.package
 	$(PIP_INSTALL) -qq --no-build-isolation --editable '.[dev,eval,onnx,train,triton]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.tools
+	$(PIP_INSTALL) -qq --no-build-isolation --editable '.[docs]'
 	@touch $@

@@ -1,7 +1,7 @@
-"""README's tables and the plots, from the JSON files in benchmarks/results/ alone.
+"""The tables of README and docs/, and the plots, from the JSON files in benchmarks/results/ alone.
 
-    python benchmarks/report.py            writes between README's markers, and the plots
-    python benchmarks/report.py --check    says whether README is what would be written
+    python benchmarks/report.py            writes between the pages' markers, and the plots
+    python benchmarks/report.py --check    says whether the pages are what would be written
 
     python benchmarks/report.py --show FILE   prints all tables of one file, whole or cut short
 
@@ -9,7 +9,8 @@ A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`; name
 TABLES. Files: what `lemma-fast bench -o`, pytest-benchmark's --benchmark-json and `lemma-fast
 evaluate -o` write, the JSON lines of gpu_suite.py (also of a run that was killed: what is missing
 is left out), and {"kind": "golden", "columns": [...], "rows": [[...]]} for deviations from the
-goldens. A row whose result differs from the reference's by more than is allowed has a "!".
+goldens. Numbers of a tree with uncommitted changes stay out of the pages. A row whose result
+differs from the reference's by more than is allowed has a "!".
 """
 
 from __future__ import annotations
@@ -256,6 +257,12 @@ def golden_table(content: Content) -> str:
     return table(content["columns"], content["rows"])
 
 
+def results_table(content: Content) -> str:
+    """The evaluation table of all sets together."""
+    parts = ("results", "gain_over_bicubic")
+    return evaluation_table({part: {"all": content[part]["average"]} for part in parts})
+
+
 def evaluation_table(content: Content) -> str:
     """Word accuracy, PSNR and SSIM with 95 % intervals, a line for each set and image."""
     results, gains = content["results"], content["gain_over_bicubic"]
@@ -289,6 +296,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Content], str]]] = {
     "suite": ("records", "steps", suite_table),
     "golden": ("golden", "rows", golden_table),
     "evaluation": ("evaluation", "results", evaluation_table),
+    "results": ("evaluation", "results", results_table),
 }
 
 
@@ -314,7 +322,17 @@ def section(name: str, results: dict[str, Content]) -> str:
 
 
 def rewritten(text: str, results: dict[str, Content]) -> str:
-    """`text` with every marked section written anew; ValueError for a name that is none."""
+    """`text` with every marked section written anew; ValueError for a name that is none.
+
+    Raises ValueError for numbers of a tree with uncommitted changes too.
+    """
+    for stem, content in results.items():
+        commit = content.get("environment", {}).get("commit") or ""
+        if commit.endswith("+"):
+            raise ValueError(
+                f"{stem} was measured on a tree with uncommitted changes (commit {short(commit)}): "
+                "measure again from a clean one"
+            )
 
     def fill(found: re.Match[str]) -> str:
         if found[2] not in TABLES:
@@ -362,10 +380,11 @@ def plot(content: Content, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write or check; 1 where README is not what the results make it."""
+    """Write or check; 1 where a page is not what the results make it."""
     parser = argparse.ArgumentParser(description="Tables and plots from benchmarks/results/.")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--show", type=Path, help="a file: print its tables and write nothing")
@@ -378,13 +397,19 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"## {name}\n\n{text}\n")
         return 0
     results = read(given.results)
-    before = given.readme.read_text("utf-8")
-    after = rewritten(before, results)
+    before = {page: page.read_text("utf-8") for page in given.pages}
+    try:
+        after = {page: rewritten(text, results) for page, text in before.items()}
+    except ValueError as error:
+        print(error)
+        return 1
+    old = [page for page in before if before[page] != after[page]]
     if given.check:
-        if before != after:
-            print(f"{given.readme} is not what {given.results} makes it: run {Path(__file__).name}")
-        return int(before != after)
-    given.readme.write_text(after, "utf-8")
+        for page in old:
+            print(f"{page} is not what {given.results} makes it: run {Path(__file__).name}")
+        return int(bool(old))
+    for page in old:
+        page.write_text(after[page], "utf-8")
     if not given.no_plots:
         for stem, content in results.items():
             if kind(content) in ("model", "records") and content["rows"]:
