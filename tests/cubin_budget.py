@@ -69,7 +69,7 @@ def read() -> tuple[str, Table]:
 
 
 def measure(wanted: Sequence[str]) -> Table:
-    """Compile the cases of these groups for every architecture; all take a few minutes."""
+    """Compile the cases of these groups."""
     table: Table = {}
     for capability in CAPABILITIES:
         some = [group for group in groups(capability) if group in wanted]
@@ -95,7 +95,7 @@ def _main() -> None:
     parser.add_argument("--write", action="store_true", help="replace the committed table")
     given = parser.parse_args()
     # As tests/conftest.py sets them: products of full precision.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     table = measure(given.groups or [*GROUPS])
     if given.groups:
         made_with, kept = read()
