@@ -25,6 +25,7 @@ from lemma_fast.training.evaluation.evaluate import (
 )
 from lemma_fast.training.evaluation.metrics import TEXTZOOM_COUNTS, official_psnr, psnr
 from lemma_fast.training.evaluation.summary import AVERAGE, subset_name, summarize
+from lemma_fast.training.evaluation.tables import print_tables
 from lemma_fast.training.settings.schema import choose
 
 # Networks this small only lose by more.
@@ -235,14 +236,40 @@ def test_cells_have_units_and_intervals():
     assert report.cell("PSNR", None) == "-"
 
 
-@pytest.mark.parametrize(("width", "interval"), [(60, False), (300, True)])
-def test_the_terminal_shows_intervals_where_there_is_room(width, interval):
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(report.terminal(summarize([_subset("a", [1, 0, 0, 1])]), console))
-    shown = console.export_text()
+def _printed(summary, width, terminal=True):
+    console = Console(
+        width=width, force_terminal=terminal, file=io.StringIO(), markup=False, color_system=None
+    )
+    print_tables(console, *report.forms(summary))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "interval", "blocks"), [(40, False, 2), (64, False, 1), (80, True, 2), (300, True, 1)]
+)
+def test_a_narrow_terminal_gets_blocks_and_loses_no_number(width, interval, blocks):
+    summary = summarize([_subset("a", [1, 0, 0, 1])])
+    shown = _printed(summary, width)
+    assert shown.count("set") - shown.count("sets") == blocks
     assert ("50.0 [" in shown) == interval
-    assert "50.0" in shown
-    assert "SR - bicubic" in shown
+    _is_whole(shown, summary, interval)
+    assert max(map(len, shown.splitlines())) <= width
+
+
+@pytest.mark.parametrize("name", ["a", "s" * 90, "with [bold] and [/x] and :smile:"])
+@pytest.mark.parametrize("width", [20, 80])
+def test_a_pipe_gets_the_whole_table(name, width):
+    summary = summarize([_subset(name, [1, 0, 0, 1])])
+    _is_whole(_printed(summary, width, terminal=False), summary, True)
+    # On a terminal that is too narrow for every form nothing is cut either.
+    _is_whole(_printed(summary, width), summary, width == 80 and name == "a")
+
+
+def _is_whole(shown, summary, intervals):
+    assert "…" not in shown
+    for line in report.lines(summary, intervals=intervals):
+        for text in line:
+            assert text in shown
 
 
 def test_a_folder_of_results(network, crops, tmp_path):

@@ -9,7 +9,7 @@ from tiny_training import stage_of, write_config
 
 from lemma_fast.training.data.batches import Batches, EncodedCrops, InOrder, split
 from lemma_fast.training.data.pairs import TextZoomDataset
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.settings.values import SettingsError
 
 
 def test_an_epoch_shows_each_crop_once_and_the_next_another_order():

@@ -7,9 +7,8 @@ from tiny_training import stage_of, write_baselines, write_config
 
 import lemma_fast
 from lemma_fast.training.settings import schema as settings
-from lemma_fast.training.settings.config_files import packaged
 from lemma_fast.training.settings.schema import OptimizerSettings, Settings, choose
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.settings.values import SettingsError, packaged
 
 
 @pytest.mark.parametrize(
