@@ -36,7 +36,9 @@ def default_folder() -> Path | None:
     None where the user has no home.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "lemma-fast", "readings") if os.path.isabs(cache) else None
+    # An empty HOME makes it /.cache.
+    homeless = cache == "/.cache" and not os.environ.get("HOME")
+    return Path(cache, "lemma-fast", "readings") if os.path.isabs(cache) and not homeless else None
 
 
 def fingerprint(reader: Recognizer) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -11,9 +12,9 @@ from rich.table import Table
 _ENDLESS = 100_000
 
 
-def plain_console(stderr: bool = False) -> Console:
+def plain_console(**options: Any) -> Console:
     """A console that prints texts as they are: names may hold brackets and colons."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def readable(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lemma_fast.atomic import replace_file
+from lemma_fast.training.evaluation.tables import readable
 from lemma_fast.training.settings.schema import WEIGHTS, Settings, plain
 from lemma_fast.training.settings.values import SettingsError
 
@@ -167,8 +168,13 @@ class Curves:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            (folder / BOARD).mkdir(exist_ok=True)
+            place = str(folder / BOARD)
+            if readable(place) != place:
+                # TensorBoard takes names in UTF-8 alone; by its number a folder has another one.
+                place = f"/proc/self/fd/{os.open(place, os.O_RDONLY)}"
             # Without `purge_step` a killed chunk's last points would be drawn twice.
-            self.board = SummaryWriter(str(folder / BOARD), purge_step=step or None)
+            self.board = SummaryWriter(place, purge_step=step or None)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Append the values of a step."""
