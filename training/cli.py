@@ -304,9 +304,8 @@ def _ending(kept: str) -> Iterator[None]:
     except Stopped as stopped:
         typer.echo(f"{stopped.name}: stopped; {kept}", err=True)
         raise typer.Exit(stopped.code) from stopped
-    except FloatingPointError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    except (OSError, ValueError, FloatingPointError) as error:
+        from lemma_fast.training.evaluation.tables import readable
+
+        typer.echo(readable(f"error: {error}"), err=True)
+        raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error

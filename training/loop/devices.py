@@ -7,7 +7,7 @@ import platform
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies.ddp import DDPStrategy
 
 from lemma_fast.training.settings.schema import Settings
 from lemma_fast.training.settings.values import SettingsError

@@ -335,6 +335,6 @@ def _reader(kind: type[M], settings: Settings, checkpoint: str | None) -> M | No
     if checkpoint is None:
         return None
     name = "crnn" if kind is CRNN else "text_focus"
-    reader = load_recognizer(name, settings.path(checkpoint), device="cpu")
+    reader: object = load_recognizer(name, settings.path(checkpoint), device="cpu")
     assert isinstance(reader, kind)
     return reader
