@@ -26,7 +26,8 @@ def launch(settings: Settings) -> Fabric:
         unused = settings.stage == "lemma" and settings.loss.weights.fine_tune == 0 and learns
         strategy = DDPStrategy(find_unused_parameters=unused)
     # What it says of how ranks were started is no news.
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         fabric = Fabric(
             accelerator=run.accelerator,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from lemma_fast.atomic import replace_file
@@ -31,11 +32,11 @@ from lemma_fast.training.data.batches import (
     mix,
     split,
 )
+from lemma_fast.training.evaluation.tables import plain_console
 from lemma_fast.training.loop import folder as files
 from lemma_fast.training.loop import weights
 from lemma_fast.training.loop.average import Average
 from lemma_fast.training.loop.devices import Agreement, device_name, launch
-from lemma_fast.training.loop.display import Display
 from lemma_fast.training.loop.provenance import provenance
 from lemma_fast.training.loop.stages import STAGES, Stage
 from lemma_fast.training.settings.schema import WEIGHTS, OptimizerSettings, Settings, plain
@@ -144,7 +145,10 @@ class Run:
         if self.leads:
             self.curves = files.Curves(self.folder, self.step, settings.run.tensorboard)
             replace_file(self.folder / files.SETTINGS, json.dumps(plain(settings), indent=2))
-        self.display = Display(settings.stage, self.total, self.leads)
+        self.bar = _progress_bar(self.leads)
+        self.task = self.bar.add_task(
+            settings.stage, total=self.total, completed=self.step, note=""
+        )
         self.first, self.since = self.step, time.monotonic()
 
     def train(self, minutes: float | None, steps: int | None) -> Outcome:
@@ -152,16 +156,15 @@ class Run:
         run, fabric = self.settings.run, self.fabric
         last = self.total if steps is None else self.first + steps
         end = math.inf if minutes is None else self.since + 60 * minutes
-        signal = 0
         batches = Batches(
             len(self.crops), run.batch_size, self.settings.seed, self.step, self.total,
             fabric.global_rank, fabric.world_size,
         )  # fmt: skip
         agree = Agreement(fabric)
         word = "stopping after this step" if self.leads else ""
-        with self.display, signals.held(word) as received:
+        with self.bar, signals.held(word) as received:
             if self.step:
-                self.display.say(f"{self.settings.stage}: going on from step {self.step}")
+                self.say(f"{self.settings.stage}: going on from step {self.step}")
             for batch in loader(self.crops, batches, self.settings.data.workers):
                 self.make_step(fabric.to_device(batch))
                 if self.step % run.log_every == 0:
@@ -169,15 +172,17 @@ class Run:
                 validated = self.step % run.validate_every == 0 or self.step == self.total
                 if validated:
                     self.validate()
-                late, signal = agree(time.monotonic() >= end, received[0] if received else 0)
+                late, signal = agree(time.monotonic() >= end, *received[:1] or (0,))
                 stop = late or signal or self.step >= last
                 if validated or stop or self.step % run.save_every == 0:
                     self.save()
                 if stop:
                     break
+            # One may have come since, and another stage must not begin.
+            (signal,) = agree(*received[:1] or (0,))
             made, seconds = self.step - self.first, time.monotonic() - self.since
             if made:
-                self.display.say(f"{made} steps in {seconds:.0f} s, {made / seconds:.2f} a second")
+                self.say(f"{made} steps in {seconds:.0f} s, {made / seconds:.2f} a second")
         if self.leads and self.step == self.total:
             self.export(files.LAST_WEIGHTS)
             replace_file(self.folder / files.RESULT, json.dumps(self._result(), indent=2))
@@ -207,7 +212,7 @@ class Run:
             before = self.sums.get(name)
             self.sums[name] = value.detach() if before is None else before + value.detach()
         self.summed += 1
-        self.display.step(self.step)
+        self.bar.update(self.task, completed=self.step)
 
     def log(self) -> None:
         """Write the means of the terms since the last time; raises FloatingPointError."""
@@ -220,7 +225,7 @@ class Run:
             )
         crops = (self.step - self.first) * self.settings.run.batch_size
         speed = crops / max(1e-9, time.monotonic() - self.since)
-        self.display.note(f"loss {means['loss']:.4g}  {speed:.0f} crops/s")
+        self.bar.update(self.task, note=f"loss {means['loss']:.4g}  {speed:.0f} crops/s")
         if self.curves is not None:
             values = {f"train/{name}": value for name, value in means.items()}
             values["epoch"] = self.step / self.per_epoch
@@ -244,7 +249,7 @@ class Run:
             values = {f"validation/{name}": number for name, number in self.latest.items()}
             self.curves.add(values, self.step)
         shown = "  ".join(f"{name} {number:.4g}" for name, number in self.latest.items())
-        self.display.say(f"{settings.stage} step {self.step}/{self.total}  {shown}")
+        self.say(f"{settings.stage} step {self.step}/{self.total}  {shown}")
 
     def save(self) -> None:
         """Write all that the next chunk goes on from."""
@@ -263,6 +268,11 @@ class Run:
             "settings": plain(self.settings),
         }
         files.write_checkpoint(self.folder / files.LAST, content)
+
+    def say(self, text: str) -> None:
+        """Print a line on standard error, above the bar."""
+        if self.leads:
+            self.bar.console.print(text, soft_wrap=True)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         try:
@@ -347,6 +357,14 @@ def rate_factor(settings: OptimizerSettings, step: int, per_epoch: int, total: i
     if settings.schedule == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
     return warm
+
+
+def _progress_bar(shown: bool) -> Progress:
+    """A bar on standard error; nothing where that is no terminal."""
+    console = plain_console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    return Progress(*columns, console=console, disable=not (shown and console.is_terminal))
 
 
 @contextmanager
