@@ -83,7 +83,7 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on(
     folder = tmp_path / stage
     _until(lambda: _logged(folder), process)
     with pytest.raises(SettingsError, match="another run is training in"):
-        fit(stage_of(config, stage, *overrides))
+        fit(stage_of(config, stage, *overrides), steps=1)
     # As a terminal and a supervisor do: to all processes, those that load data too.
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)
@@ -108,6 +108,25 @@ def test_a_signal_before_the_first_step_is_one_sentence(config, tmp_path, run, m
     assert ran.err == "SIGTERM: stopped; the same command goes on from what was saved"
     # The handlers of the process are as before.
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("moment", ["make_step", "save"])
+def test_a_signal_at_the_last_step_does_not_let_the_next_stage_begin(
+    run, config, tmp_path, monkeypatch, moment
+):
+    act = getattr(Run, moment)
+
+    def interrupted(self, *batch):
+        act(self, *batch)
+        if self.step == self.total:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, moment, interrupted)
+    ran = run("train", config, f"output={tmp_path}", "run.steps=2")
+    assert ran.code == 143
+    assert ran.out.startswith(b"language: step 2 of 2, best loss")
+    assert ran.out.count(b"finished") == 1
+    assert not (tmp_path / "prior").exists()
 
 
 def test_who_ignores_a_signal_goes_on_ignoring_it(config, tmp_path, monkeypatch):
