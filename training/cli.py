@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -307,5 +308,8 @@ def _ending(kept: str) -> Iterator[None]:
     except (OSError, ValueError, FloatingPointError) as error:
         from lemma_fast.training.evaluation.tables import readable
 
-        typer.echo(readable(f"error: {error}"), err=True)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            said = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        typer.echo(readable(f"error: {said}"), err=True)
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error

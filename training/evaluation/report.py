@@ -265,10 +265,12 @@ def prepare(folder: Path, plot: bool) -> None:
     """Make a folder for `write` and try it before the work; raises OSError or ImportError."""
     if plot:
         importlib.import_module("matplotlib")
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, and not a folder", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
-        if (folder / name).is_dir():
-            raise IsADirectoryError(errno.EISDIR, "a folder, where a file will be", folder / name)
+    for path in (folder / name for name in _FILES):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder, and not a file", str(path))
     with tempfile.TemporaryFile(dir=folder):
         pass
 
