@@ -35,7 +35,7 @@ The same command goes on where it stopped, was stopped, or was killed, to the sa
 several devices: torchrun --nproc_per_node=4 -m lemma_fast.cli train CONFIG run.devices=4
 
 SIGTERM and Ctrl-C end a run after the step that is being made, which is saved. Exit codes: 0 all is
-well, 1 the loss is not a number, 2 wrong settings or files, 130 Ctrl-C, 143 SIGTERM.
+well, 1 the loss is not a number, 2 wrong settings or files, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
 

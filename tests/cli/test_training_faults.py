@@ -146,7 +146,10 @@ def test_who_ignores_a_signal_goes_on_ignoring_it(config, tmp_path, monkeypatch)
     assert outcome.signal is None
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (2, "Ctrl-C")])
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "SIGHUP")],
+)
 def test_a_signal_in_an_evaluation_keeps_what_was_read(
     run, tmp_path, weights, monkeypatch, number, name
 ):
@@ -198,6 +201,11 @@ _SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "t", "SLURM_JOB_ID": "7", "SLUR
         (_SLURM, "run.devices=1", "--ntasks-per-node=2"),
         ({**_SLURM, "SLURM_NTASKS_PER_NODE": "2"}, "run.devices=3", "--ntasks-per-node=2"),
         ({"LOCAL_RANK": "1", "RANK": "1"}, "run.devices=2", "run.devices=2"),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"},
+            "run.devices=1",
+            "torchrun has started 2 processes",
+        ),
         pytest.param(
             {},
             "run.accelerator=gpu",
@@ -216,7 +224,7 @@ def test_devices_that_are_not_there_are_one_sentence(
     cpu = () if "gpu" in override else ("run.accelerator=cpu",)
     ran = run("train", config, "--stage", "crnn", f"output={tmp_path}", override, *cpu)
     assert ran.code == 2
-    assert ran.raw.startswith("error: run.accelerator=")
+    assert ran.raw.startswith(("error: run.accelerator=", "error: torchrun"))
     assert ran.raw.count("\n") == 1
     assert message in ran.raw
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 
 import torch
@@ -20,6 +21,9 @@ def launch(settings: Settings) -> Fabric:
     """
     run = settings.run
     strategy: str | DDPStrategy = "auto"
+    ranks = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
+    if run.devices * run.nodes == 1 and ranks != "1":
+        raise SettingsError(f"torchrun has started {ranks} processes, but run.devices is 1")
     if run.devices * run.nodes > 1:
         # Without the fine-tuning loss the classifier of a prior that learns has no gradient.
         learns = settings.optimizer.prior_learning_rate != 0

@@ -76,7 +76,7 @@ def fit(
     """Train a stage to its end, or for so many minutes or steps; raises SettingsError.
 
     `restart` throws away what is in the stage's folder. `accept_changes` goes on although the
-    settings are no longer those that the stage was begun with. SIGTERM or Ctrl-C ends the run
+    settings are no longer those that the stage was begun with. A signal (`signals`) ends the run
     after the step that is being made, which is saved.
     """
     settings.check()
