@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 from sass import Counts, read_sass
 
-# Budgets are those of one architecture; tests/launches compiles the network for sm_80 and sm_120 too,
-# and checks spills and shared memory there.
+# Budgets are of one architecture; tests/launches compiles the network for sm_80 and sm_120 too, and
+# checks spills and shared memory there.
 CAPABILITIES = (90,)
 # What one block may have on the smallest of the three (sm_120); sm_80 and sm_90 have more.
 SHARED_LIMIT = 99 * 1024
