@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lemma_fast.ops import extension
 from lemma_fast.ops.precision import convolutions_allow_tf32
-from lemma_fast.ops.weights import AdaFMWeights, BranchWeights
+from lemma_fast.ops.weights import AdaFMWeights, flat
 
 extension.load()
 
@@ -45,7 +45,7 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
     _check(features, guidance, weights, training)
     # An empty batch has no statistics to add.
     training = training and features.shape[0] > 0
-    tensors = _flatten(weights)
+    tensors = list(flat(weights))
     compute = _computing(features.dtype)
     plain = [tensor if tensor.dtype == compute else tensor.to(compute) for tensor in tensors]
     tf32 = convolutions_allow_tf32()
@@ -64,27 +64,11 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
     return out
 
 
-# Where `_flatten` puts each norm: its weight and bias, then its running mean and variance.
+# Where each norm is among the 52 tensors, in the order of csrc/adafm/math.h: its weight and bias, then
+# its running mean and variance.
 _NORMS = (0, 6, 15, 24, 41, 48)
 _WEIGHTS = 52
 _TRAINED = [i for i in range(_WEIGHTS) if not any(i in (norm + 2, norm + 3) for norm in _NORMS)]
-
-
-def _flatten(weights: AdaFMWeights) -> list[Tensor]:
-    """The 52 tensors in the order of csrc/adafm/math.h, which is that of the named tuples."""
-    return [
-        *weights.guidance_norm,
-        *(tensor for branch in weights.branches for tensor in _branch(branch)),
-        *weights.global_conv,
-        *weights.gate,
-        *_branch(weights.aggregate),
-        *weights.out_norm,
-    ]
-
-
-def _branch(weights: BranchWeights) -> list[Tensor]:
-    reduce_weight, reduce_bias, norm, *rest = weights
-    return [reduce_weight, reduce_bias, *norm, *rest]
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:

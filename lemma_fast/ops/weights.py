@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,3 +87,12 @@ class BiGRUWeights(NamedTuple):
     weight_hh_reverse: Tensor
     bias_ih_reverse: Tensor
     bias_hh_reverse: Tensor
+
+
+def flat(weights: tuple[object, ...]) -> Iterator[Tensor]:
+    """The tensors of such a tuple in turn, and of the tuples in it."""
+    for part in weights:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, tuple):
+            yield from flat(part)

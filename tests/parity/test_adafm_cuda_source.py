@@ -12,7 +12,7 @@ from adafm_case import (
     named,
     reference_pass,
 )
-from closeness import BACKWARD, FORWARD
+from closeness import BACKWARD, FORWARD, relative
 from emulator import build
 from torch import Tensor
 
@@ -107,10 +107,6 @@ def run(
     )
 
 
-def distance(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
-
-
 # 15 positions are less than a warp's tile and cannot be read in one access; 288 are more than a
 # block's, and 20 channels fewer than the tile has.
 @pytest.mark.parametrize("size", [(2, 64, 3, 5), (1, 20, 4, 72)], ids=str)
@@ -119,7 +115,7 @@ def test_inference(ordered, size, kind):
     features, guidance, weights = draw(*size, kind)
     out = infer(ordered, features, guidance, weights, kind)
     expected = reference.adafm(features.double(), guidance.double(), widened(weights), False)
-    assert distance(out, expected) <= TOLERANCE[kind]
+    assert relative(out, expected) <= TOLERANCE[kind]
 
 
 def widened(weights: AdaFMWeights) -> AdaFMWeights:
@@ -133,9 +129,9 @@ def test_forward_and_backward(ordered, training):
     grad = torch.randn_like(features)
     got = run(ordered, features, guidance, weights, training, grad, "fp32")
     expected = reference_pass(features, guidance, weights, training, grad)
-    assert distance(got.out, expected.out) <= FORWARD
+    assert relative(got.out, expected.out) <= FORWARD
     for name, statistic in expected.statistics.items():
-        assert distance(got.statistics[name], statistic) <= FORWARD, name
+        assert relative(got.statistics[name], statistic) <= FORWARD, name
     # Biases before a norm have a gradient of zero in training: rounding alone is left of them.
     rounding = 1e-7 * max(float(gradient.norm()) for gradient in expected.gradients.values())
     for name, gradient in expected.gradients.items():
@@ -151,9 +147,9 @@ def test_statistics_of_many_parts(emulator):
     shape, given = shape_of(emulator, features, "fp32"), (array(features), array(guidance))
     emulator.run_highest_first(False)
     emulator.forward(shape, True, *given, arrays(weights), array(out))
-    assert distance(out, expected.out) <= FORWARD
+    assert relative(out, expected.out) <= FORWARD
     for name, statistic in expected.statistics.items():
-        assert distance(named(weights)[name], statistic) <= FORWARD, name
+        assert relative(named(weights)[name], statistic) <= FORWARD, name
 
 
 @pytest.mark.parametrize("kind", ["tf32", "fp16", "bf16"])
@@ -166,14 +162,14 @@ def test_forward_and_backward_at_low_precision(emulator, kind):
     grad = torch.randn_like(features)
     got = run(emulator, features, guidance, weights, True, grad, kind)
     expected = reference_pass(features, guidance, weights, True, grad)
-    assert distance(got.out, expected.out) <= TOLERANCE[kind]
+    assert relative(got.out, expected.out) <= TOLERANCE[kind]
     for name, statistic in expected.statistics.items():
-        assert distance(got.statistics[name], statistic) <= TOLERANCE[kind], name
+        assert relative(got.statistics[name], statistic) <= TOLERANCE[kind], name
     both = [
         torch.cat([part.gradients[name].double().flatten() for name in expected.gradients])
         for part in (got, expected)
     ]
-    assert distance(*both) <= 5 * TOLERANCE[kind]
+    assert relative(*both) <= 5 * TOLERANCE[kind]
 
 
 def test_both_orders_give_the_same_bits(emulator):

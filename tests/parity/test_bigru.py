@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from closeness import relative
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -24,11 +25,6 @@ BF16 = pytest.param(
 def parameters(channels: int, hidden: int, dtype: torch.dtype = torch.float32) -> BiGRUWeights:
     gru = torch.nn.GRU(channels, hidden, bidirectional=True, device=DEVICE, dtype=dtype)
     return BiGRUWeights(*gru.parameters())
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    distance = (actual.double() - expected.double()).norm()
-    return float(distance / expected.double().norm().clamp_min(1e-6))
 
 
 def assert_parity(features: torch.Tensor, axis: int, weights: BiGRUWeights) -> None:

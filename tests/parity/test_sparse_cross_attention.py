@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from closeness import relative
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from memory import kept_bytes
@@ -70,11 +71,6 @@ def case(
         [layer(C, F, dtype) for _ in range(layers[1])],
         heads,
     )
-
-
-def relative(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
-    distance = (actual.double() - expected.double()).norm()
-    return float(distance / expected.double().norm().clamp_min(floor))
 
 
 def results(ops, case: Case, *rest) -> tuple[Tensor, list[Tensor]]:
