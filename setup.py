@@ -42,7 +42,9 @@ OBJECTS = ROOT / "build" / "csrc"
 LIBRARY, MISSING = "_C.abi3.so", "_C.missing.txt"
 
 TORCH_TARGET = "0x020b000000000000"
-CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+CXX_FLAGS = ["-O3", "-Wall", "-Wextra", "-Wno-psabi"]
+# What the sources rely on comes after the flags of the environment, of which the last one counts.
+NEEDED_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-fast-math"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 INSTRUCTIONS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -139,7 +141,7 @@ def plan(with_cuda: bool) -> list[Step]:
     """Lay out the compilations and, last, the linking."""
     torch, version = torch_folder()
     cxx = shlex.split(compiler())
-    flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *NEEDED_FLAGS]
     include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     info = {"torch": version["__version__"], "flags": shlex.join(flags), "cuda": None}
     link = ["-shared", f"-L{torch / 'lib'}"]

@@ -1,4 +1,4 @@
-"""ONNX: the network in evaluation, for any batch size, with its recurrences as GRU nodes.
+"""ONNX: the network in evaluation, for any batch size from 1 on, with its recurrences as GRU nodes.
 
 What is exported is the reference, but for two operations in ONNX's own terms: `bigru` is one GRU
 node, which PyTorch's exporter would first unroll, and `compress_select` asks TopK, which in ONNX
@@ -58,7 +58,8 @@ def export_onnx(
 ) -> Exported:
     """Write `model` in evaluation mode as one ONNX file, and compare it with the reference.
 
-    The input `lr` is [N, 4, 16, 64] fp32 of any N; the outputs are `sr`, `attn_map`, `img_logits`,
+    The input `lr` is [N, 4, 16, 64] fp32, N at least 1 (ONNX Runtime's GRU ends the process at
+    N = 0); the outputs are `sr`, `attn_map`, `img_logits`,
     `text_logits` and `pt_lengths` as `LEMMA.forward` returns them. The config is in the file's
     metadata under `lemma_fast_config`. Without `optimize` the graph is made in half the time and
     has twice the nodes; runtimes fold those when they load it. `model` is left as it is. Raises
@@ -94,7 +95,9 @@ def compare(model: LEMMA, path: str | Path, crops: Tensor) -> dict[str, float]:
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    # By its bytes: the runtime takes no names that are not UTF-8.
+    content = Path(path).read_bytes()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     worst = dict.fromkeys(OUTPUTS, 0.0)
     for batch in (crops, crops[:1]):
         with torch.no_grad():

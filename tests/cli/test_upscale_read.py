@@ -18,10 +18,14 @@ class Shown:
     """Reads how bright a crop is; keeps every batch that it was shown."""
 
     def __init__(self):
+        # Before the work it reads an empty crop.
+        self.tried = False
         self.batches = []
 
     def read(self, images):
-        self.batches.append(images)
+        if self.tried:
+            self.batches.append(images)
+        self.tried = True
         return [Reading(f"{image.mean():.5f}", 0.123456) for image in images]
 
 

@@ -1,0 +1,60 @@
+"""How a command speaks and ends: one sentence, and an exit code.
+
+0 all is well, 1 some inputs failed, 2 bad usage, 130 Ctrl-C, 143 a plain kill.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+
+def printable(text: str, encoding: str) -> str:
+    """Escape what a file's name may hold, but a terminal cannot show or would obey."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print one line, on standard output or standard error; nothing where that is closed."""
+    stream = sys.stderr if err else sys.stdout
+    typer.echo(printable(text, getattr(stream, "encoding", None) or "utf-8"), err=err)
+
+
+def fail(message: str) -> NoReturn:
+    """Say why a command cannot do what it was asked for, and end with exit code 2."""
+    say(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def interruptible(
+    said: str, tell: Callable[[str], object] = lambda text: say(text, err=True)
+) -> Iterator[None]:
+    """Let a plain kill end the block as Ctrl-C does, so that it can clean up; `tell` `said` then.
+
+    The exit codes are 143 and 130.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        # Only a main thread may set handlers; elsewhere the caller has its own.
+        before = None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        tell(f"interrupted: {said}")
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
