@@ -39,7 +39,7 @@ def check_output(
     try:
         if os.path.isdir(path):
             raise OutputError(f"{name} is a folder, not the name of a file")
-        if os.path.lexists(path):
+        if _is_there(path):
             if any(_same(path, source) for source in inputs):
                 raise OutputError(f"{name} would replace an input: they are the same file")
             own = made_here is not None and not path.is_symlink() and made_here(path)
@@ -86,6 +86,15 @@ def reason(error: BaseException) -> str:
 
 def _same(path: Path, source: str | Path) -> bool:
     return os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has the name, be it a broken link; raises OSError where it cannot be one."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _try_to_write(folder: Path) -> None:

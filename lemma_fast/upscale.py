@@ -27,6 +27,8 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Picture: TypeAlias = Image.Image | PathLike | Bytes | Tensor
 
 DTYPES = ("auto", "float32", "bfloat16")
+# The process in which PyTorch's threads are.
+_home = os.getpid()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,8 @@ class Upscaler:
 
     Every crop goes through the network at 16x64. `size` "native" returns its 32x128, which is what
     recognisers take; "x2" twice the crop's own width and height. One object may serve many threads,
-    and may be copied and pickled.
+    and may be copied and pickled. In a process that was forked from one that had imported this
+    module PyTorch is set to one thread, because the others stay behind.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Upscaler:
         size: Size = "native",
         accelerate: bool = True,
     ) -> None:
+        _heed_fork()
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         if batch_size is not None and batch_size < 1:
@@ -209,6 +213,7 @@ class Upscaler:
 
         Raises RuntimeError where the network fails, also where its result is not finite.
         """
+        _heed_fork()
         half = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with torch.inference_mode(), half:
             sr, prior = self.network(torch.from_numpy(crops).to(self.device))
@@ -230,6 +235,14 @@ class Upscaler:
                 strict=True,
             )
         ]
+
+
+def _heed_fork() -> None:
+    """In a forked process, set PyTorch to one thread: a second one would be waited for for ever."""
+    global _home
+    if os.getpid() != _home:
+        torch.set_num_threads(1)
+        _home = os.getpid()
 
 
 def _checked(size: Size) -> Size:

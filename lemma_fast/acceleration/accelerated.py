@@ -116,6 +116,13 @@ class Accelerated(nn.Module):
             )
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied: packed weights cannot be, and graphs are of a process."""
+        raise TypeError(
+            "an accelerated model cannot be pickled or copied: do that with the original, and "
+            "accelerate the result"
+        )
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Accelerated:
         raise RuntimeError(
             "an accelerated model stays where it is: move the original and accelerate that"

@@ -145,6 +145,7 @@ def convert(source: str | Path, target: str | Path) -> LEMMA:
         raise CheckpointError(
             f"{target}: the name must end in .safetensors (ours) or .pth (published form)"
         )
+    return model
 
 
 def not_finite(model: LEMMA) -> list[str]:
