@@ -23,8 +23,6 @@ Format = Literal["png", "jpg", "webp"]
 # Pillow hands EPS and WMF to other programs, and names the rest without being able to decode them.
 _NOT_CROPS = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 _SIXTEEN_BIT = 65535.0
-# In an image's `info`: its metadata could not be read.
-_DAMAGED = "lemma_fast_damaged"
 # What makes an image of each EXIF orientation upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -190,17 +188,15 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def orientation(image: Image.Image) -> int | None:
     """Read the EXIF orientation, 1 to 8, 1 where there is none; None where it cannot be read."""
-    if _DAMAGED in image.info:
-        return None
     if image.format == "TIFF":
         # Pillow turns these itself as it decodes them, and drops the tag.
         image.load()
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # That raises once at most, and not in every format; this does.
+        Image.Exif().load(image.info.get("exif", b""))
     # As for pixels, a damaged block can raise anything; but here the pixels may be sound.
     except Exception:  # noqa: BLE001
-        # Pillow raises once, and then says that there is none.
-        image.info[_DAMAGED] = True
         return None
     return value if value in range(1, 9) else 1
 

@@ -89,7 +89,7 @@ def _same(path: Path, source: str | Path) -> bool:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether something has the name, be it a broken link; raises OSError where it cannot be one."""
+    """Whether something has the name, a broken link too; raises OSError where none can have it."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,11 +49,29 @@ class CheckpointMissing(CheckpointError, FileNotFoundError):
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, on the CPU."""
+    with _opened(path) as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file, of which the tensors are not read."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; raises CheckpointError, also for what fails inside the block."""
     try:
-        # Safetensors calls a file that may not be read one that is not there; Python does not.
-        with path.open("rb"), safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        # Safetensors calls a file that may not be read one that is not there, and takes no name
+        # that is not UTF-8; Python knows better.
+        with path.open("rb") as plain:
+            name: str | Path = path
+            if not str(path).isprintable():
+                name = f"/proc/self/fd/{plain.fileno()}"
+            with safe_open(name, framework="pt") as file:
+                yield file
     except FileNotFoundError as error:
         raise CheckpointMissing(path) from error
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lemma_fast.cli.exits import fail, interruptible, say
+from lemma_fast.cli.exits import fail, interruptible, misused, say
 
 if TYPE_CHECKING:
     from lemma_fast.model import LEMMA
@@ -107,7 +107,7 @@ def bench(
                 output, "-o", overwrite=overwrite, inputs=model or [], made_here=_is_record
             )
         except OutputError as error:
-            raise typer.BadParameter(str(error)) from None
+            misused(error)
     from lemma_fast.bench.run import run
     from lemma_fast.bench.variants import PRECISIONS, VARIANTS, default_plan
     from lemma_fast.devices import choose_device

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lemma_fast.cli.exits import fail, interruptible, say
+from lemma_fast.cli.exits import fail, interruptible, misused, say
 
 
 def convert(
@@ -34,7 +34,7 @@ def convert(
             endings=(".safetensors", ".pth", ".pt"),
         )
     except OutputError as error:
-        raise typer.BadParameter(str(error)) from None
+        misused(error)
     from lemma_fast import checkpoint
     from lemma_fast.checkpoint.files import listed
 

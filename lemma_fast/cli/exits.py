@@ -27,6 +27,12 @@ def say(text: str, err: bool = False) -> None:
     typer.echo(printable(text, getattr(stream, "encoding", None) or "utf-8"), err=err)
 
 
+def misused(message: object) -> NoReturn:
+    """Say what is wrong with the command line, as typer says it, and end with exit code 2."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    raise typer.BadParameter(printable(str(message), encoding))
+
+
 def fail(message: str) -> NoReturn:
     """Say why a command cannot do what it was asked for, and end with exit code 2."""
     say(f"error: {message}", err=True)

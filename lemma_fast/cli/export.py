@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lemma_fast.cli.exits import fail, interruptible, say
+from lemma_fast.cli.exits import fail, interruptible, misused, say
 from lemma_fast.cli.options import MODEL_HELP
 from lemma_fast.outputs import OutputError, check_output
 
@@ -45,7 +45,7 @@ def export(
     try:
         check_output(target, "-o", overwrite=overwrite, inputs=[model], endings=(".onnx",))
     except OutputError as error:
-        raise typer.BadParameter(str(error)) from None
+        misused(error)
     from lemma_fast.checkpoint import CheckpointError, load
     from lemma_fast.onnx import ExportError, export_onnx
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-import typer
-
+from lemma_fast.cli.exits import misused
 from lemma_fast.images import Format, image_suffixes
 from lemma_fast.outputs import check_folder, reason
 
@@ -225,13 +224,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _matches(pattern: str) -> list[str]:
-    """Return the sorted names that a pattern matches; raises typer.BadParameter."""
+    """Return the sorted names that a pattern matches; or ends the command."""
     try:
         return sorted(glob.glob(pattern, recursive=True))
     except RecursionError:
-        raise typer.BadParameter(
+        misused(
             f"{pattern}: the folders are nested too deep for a pattern; name a folder and use -r"
-        ) from None
+        )
 
 
 def _resolved(path: str) -> str:
@@ -269,17 +268,17 @@ class Naming:
     def chosen(
         cls, paths: Sequence[str], output: str | None, suffix: str, form: str | None
     ) -> Naming:
-        """Understand -o, --suffix and --format; raises typer.BadParameter or OutputError."""
+        """Understand -o, --suffix and --format; ends the command, or raises OutputError."""
         folder = None if output in (None, STDIN) else Path(str(output))
         file = None if folder is None else _as_file(paths, folder, str(output))
         if file is not None:
             named = _ENDINGS[file.suffix.lower()]
             if form not in (None, named):
-                raise typer.BadParameter(f"-o {file} contradicts --format {form}")
+                misused(f"-o {file} contradicts --format {form}")
             return cls(suffix, named, None, file)
         if folder is not None:
             if os.path.isfile(folder):
-                raise typer.BadParameter(
+                misused(
                     f"-o {folder} is a file, neither a folder nor the name of an image "
                     f"({', '.join(_ENDINGS)})"
                 )
@@ -309,11 +308,11 @@ def _as_file(paths: Sequence[str], output: Path, typed: str) -> Path | None:
     ending = output.suffix.lower()
     if ending not in _ENDINGS:
         if ending in image_suffixes():
-            raise typer.BadParameter(f"-o {output}: results are written as .png, .jpg or .webp")
+            misused(f"-o {output}: results are written as .png, .jpg or .webp")
         return None
     if len(paths) != 1 or os.path.isdir(paths[0]):
-        raise typer.BadParameter(f"-o {output} names one file: give one image, or -o a folder")
+        misused(f"-o {output} names one file: give one image, or -o a folder")
     if not output.parent.is_dir():
-        raise typer.BadParameter(f"-o {output}: there is no folder {output.parent}")
+        misused(f"-o {output}: there is no folder {output.parent}")
     check_folder(output.parent, "-o")
     return output

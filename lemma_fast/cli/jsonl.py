@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, get_args
 
-import typer
-
 from lemma_fast.atomic import replacing
+from lemma_fast.cli.exits import misused
 from lemma_fast.cli.inputs import STDIN, Inputs, Outcome, Status
 from lemma_fast.images import image_suffixes
 from lemma_fast.outputs import check_output, is_stream, reason
@@ -79,16 +78,16 @@ class Lines:
 
 
 def check(target: str | None, inputs: Inputs, overwrite: bool) -> None:
-    """Judge what --jsonl names before the work; raises OutputError or typer.BadParameter."""
+    """Judge what --jsonl names before the work; raises OutputError, or ends the command."""
     if target is None or is_stream(Path(target)):
         return
     if target == STDIN:
         if sys.stdout is None:
-            raise typer.BadParameter("--jsonl -: standard output is closed")
+            misused("--jsonl -: standard output is closed")
         return
     path = Path(target)
     if path.suffix.lower() in image_suffixes() or inputs.holds(path):
-        raise typer.BadParameter(f"--jsonl {path} would replace an image")
+        misused(f"--jsonl {path} would replace an image")
     check_output(path, "--jsonl", overwrite=overwrite, made_here=_made_here)
 
 

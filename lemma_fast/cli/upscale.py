@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Optional, cast
 
 import typer
 
-from lemma_fast.cli.exits import fail, interruptible
+from lemma_fast.cli.exits import fail, interruptible, misused
 from lemma_fast.cli.options import MODEL_HELP, one_of
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def upscale(
         inputs = Inputs(paths, suffix, recursive, naming.output, _standard_input(paths))
         lines.check(jsonl, inputs, overwrite)
     except OutputError as error:
-        raise typer.BadParameter(str(error)) from None
+        misused(error)
     report = Report(quiet, verbose)
     if not verbose:
         # Pillow's remarks on odd but readable files.
@@ -219,7 +219,7 @@ def upscale(
     except (CheckpointError, FileNotFoundError) as error:
         fail(str(error))
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        misused(error)
     report.detail(f"model {model}, {upscaler!r}")
     stream = Stream(
         inputs,
@@ -260,35 +260,35 @@ def _check(
 ) -> None:
     """Refuse options that contradict each other."""
     if quiet and verbose:
-        raise typer.BadParameter("-q and -v contradict each other")
+        misused("-q and -v contradict each other")
     if read is not None and not (jsonl or compare or verbose):
-        raise typer.BadParameter("what --read finds is not shown: give --jsonl, --compare or -v")
+        misused("what --read finds is not shown: give --jsonl, --compare or -v")
     if any(mark in suffix for mark in (os.sep, os.altsep or os.sep, "\0")):
-        raise typer.BadParameter(f"--suffix {suffix!r} is not part of a file name")
+        misused(f"--suffix {suffix!r} is not part of a file name")
     if output == "-":
         if len(paths) != 1 or os.path.isdir(paths[0]):
-            raise typer.BadParameter("-o - takes exactly one image")
+            misused("-o - takes exactly one image")
         if jsonl == "-":
-            raise typer.BadParameter("-o - and --jsonl - both want standard output")
+            misused("-o - and --jsonl - both want standard output")
         if compare:
-            raise typer.BadParameter("--compare writes a file of its own: give -o a folder")
+            misused("--compare writes a file of its own: give -o a folder")
         if sys.stdout is None:
-            raise typer.BadParameter("-o -: standard output is closed")
+            misused("-o -: standard output is closed")
         if sys.stdout.isatty():
-            raise typer.BadParameter("-o - would write an image to the terminal: redirect it")
+            misused("-o - would write an image to the terminal: redirect it")
     elif "-" in paths and output is None:
-        raise typer.BadParameter("an image from standard input needs -o DIR, -o FILE or -o -")
+        misused("an image from standard input needs -o DIR, -o FILE or -o -")
 
 
 def _standard_input(paths: list[str]) -> bytes | None:
     if "-" not in paths:
         return None
     if sys.stdin is None:
-        raise typer.BadParameter("-: standard input is closed")
+        misused("-: standard input is closed")
     try:
         return sys.stdin.buffer.read()
     except OSError as error:
-        raise typer.BadParameter(f"cannot read standard input: {error.strerror}") from None
+        misused(f"cannot read standard input: {error.strerror}")
 
 
 def _report_absence(inputs: Inputs, report: Report, jsonl: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Every output of every command keeps to one rule; what runs it is in tests/unit/test_outputs.py."""
+"""Every output of every command keeps to one rule, whose own tests are in tests/unit."""
 
 import json
 import os
