@@ -63,7 +63,8 @@ def open_network(source: str | Path, device: str | torch.device = "cpu") -> LEMM
     In evaluation mode. Raises CheckpointError, also for a baseline's name where weights are needed.
     """
     name = str(source)
-    if not Path(name).exists() and name.lower() in (*list_baselines(), *NOT_IMPLEMENTED):
+    is_name = isinstance(source, str) or not Path(name).exists()
+    if is_name and name.lower() in (*list_baselines(), *NOT_IMPLEMENTED):
         if name == "bicubic":
             return create_baseline(name).to(device).eval()
         try:

@@ -175,7 +175,10 @@ class Inputs:
         return plain != stem and plain in stems
 
     def _is_output(self, folder: Path) -> bool:
-        return self.output is not None and real(folder) == real(self.output)
+        try:
+            return self.output is not None and os.path.samefile(folder, self.output)
+        except OSError:
+            return False
 
     def holds(self, path: Path) -> bool:
         """Whether an existing file is itself one of the inputs, and must not be written over."""

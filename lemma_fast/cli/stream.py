@@ -257,7 +257,8 @@ class Stream:
         pixels = torch.from_numpy(np.stack([np.asarray(said.image) for said in results]))
         after = pixels.to(self.upscaler.device).permute(0, 3, 1, 2).float() / 255
         try:
-            both = [*zip(self.reader.read(before), self.reader.read(after), strict=True)]
+            read = self.reader.read
+            readings = [*zip(batch, read(before), read(after), strict=True)]
         except (RuntimeError, OSError, ValueError, MemoryError) as error:
             if len(batch) == 1:
                 batch[0].outcome.unread = reason(error)
@@ -266,7 +267,7 @@ class Stream:
             for part in (slice(half), slice(half, None)):
                 self._read_both(batch[part], planes[part], results[part])
             return
-        for item, (first, second) in zip(batch, both, strict=True):
+        for item, first, second in readings:
             item.outcome.before, item.outcome.after = first, second
 
     def _finished(self, limit: int) -> Iterator[Outcome]:

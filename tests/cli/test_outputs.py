@@ -279,4 +279,6 @@ def test_names_that_are_no_text(run, crop, weights, tmp_path, echo):
     assert ran.code == 0
     assert json.loads((folder / "r.jsonl").read_text())["input"] == str(picture)
     assert run("upscale", picture, "--jsonl", folder / "r.jsonl").code == 0
-    assert "there is no folder" in run("convert", one, folder / "no" / "x.pth").err
+    ran = run("convert", one, folder / "no" / "x.pth")
+    assert "there is no folder" in ran.err
+    assert "[bold]" in ran.err

@@ -1,5 +1,6 @@
 """`lemma-fast upscale`: what a person and a program are told, also of what went wrong."""
 
+import io
 import logging
 import os
 import signal
@@ -7,9 +8,11 @@ import sys
 import threading
 
 import pytest
+import torch
 from PIL import Image
+from tiny_network import tiny_config
 
-from lemma_fast import images
+from lemma_fast import LEMMA, checkpoint, images
 from lemma_fast.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("echo")
@@ -99,7 +102,7 @@ def test_many_skipped_files_are_counted_not_listed(run, crop, tmp_path):
         (["-"], "needs -o"),
         (["{crop}", "--read", "tesseract"], "give --jsonl, --compare or -v"),
         (["{crop}", "--read", "crann", "-v"], "no recogniser 'crann'; there are abinet, aster"),
-        (["{crop}", "--jsonl", "{folder}/absent/a.jsonl"], "cannot write --jsonl"),
+        (["{crop}", "--jsonl", "{folder}/absent/a.jsonl"], "there is no folder"),
         (["{crop}", "--jsonl", "{crop}"], "would replace an image"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -213,3 +216,104 @@ def test_interruption_leaves_whole_files_only(run, crop, tmp_path, echo, monkeyp
     assert not [t for t in threading.enumerate() if t.name.startswith("lemma-fast")]
     assert run("upscale", tmp_path / "in", "-o", tmp_path / "out").code == 0
     assert len(list((tmp_path / "out").iterdir())) == 40
+
+
+def test_closed_standard_streams_are_one_sentence(run, crop, tmp_path, monkeypatch, names):
+    path = crop("word.png")
+    for stream, arguments in (
+        ("input", ["-", "-o", tmp_path / "o.png"]),
+        ("output", [path, "-o", "-"]),
+        ("output", [path, "--jsonl", "-"]),
+    ):
+        with monkeypatch.context() as patch:
+            if stream == "output":
+                patch.setattr(sys, "stdout", None)
+            ran = run("upscale", *arguments, stdin=None)
+        assert ran.code == 2
+        assert f"standard {stream} is closed" in ran.err
+        assert names() == ["word.png"]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_closed_standard_streams_that_are_not_needed_do_no_harm(
+    run, crop, tmp_path, monkeypatch, stream
+):
+    weights = tmp_path / "w.safetensors"
+    checkpoint.save(LEMMA(tiny_config()), weights)
+    monkeypatch.setattr(sys, stream, None)
+    assert run("upscale", crop("word.png"), stdin=None).code == 0
+    assert run("convert", weights, tmp_path / "w.pth").code == 0
+    assert run("convert", weights, tmp_path / "w.pth").code == 2
+    assert run("doctor").code == 0
+
+
+def test_standard_input_that_cannot_be_read_is_one_sentence(run, tmp_path):
+    class Folder(io.BytesIO):
+        def read(self, *_):
+            raise IsADirectoryError(21, "Is a directory")
+
+    ran = run("upscale", "-", "-o", tmp_path / "o.png", stdin=io.TextIOWrapper(Folder()))
+    assert ran.code == 2
+    assert "cannot read standard input: Is a directory" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "keep", "said"),
+    [
+        (20, 120, 32, "much taller than wide"),
+        (20, 120, 0, "much taller than wide"),
+        (8, 30, 32, "much taller than wide"),
+        (800, 30, 32, "much wider than a word, and seen at 64x16"),
+        (800, 40, 32, None),
+        (120, 20, 32, None),
+        (120, 60, 32, None),
+        (20, 24, 32, None),
+    ],
+)
+def test_shapes_that_are_no_word_are_remarked(run, crop, width, height, keep, said):
+    ran = run("upscale", crop("a.png", width, height), "--keep-above", keep, "--jsonl", "-")
+    (line,) = ran.lines
+    assert line["status"] == ("kept" if 0 < keep < height else "ok")
+    assert [said in note for note in line["notes"]] == ([] if said is None else [True])
+    # Whether it can be read nobody has looked at.
+    assert "legible" not in ran.err
+    if line["status"] == "kept":
+        assert "a.png: taller than 32 pixels, copied as it is" in ran.err
+
+
+def test_a_picture_with_broken_metadata_is_upscaled_and_said(run, tmp_path):
+    exif = b"Exif\0\0this is no TIFF"
+    Image.new("RGB", (40, 12)).save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGB", (40, 12)).save(tmp_path / "b.webp", exif=exif[6:])
+    ran = run("upscale", tmp_path, "--jsonl", "-")
+    assert ran.code == 0
+    for line in ran.lines:
+        assert line["notes"] == ["its metadata is damaged: taken as upright"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("command", ["convert", "export", "bench"])
+def test_other_commands_end_in_a_sentence_and_leave_nothing(
+    run, tmp_path, monkeypatch, command, number, code, names
+):
+    weights = tmp_path / "w.safetensors"
+    checkpoint.save(LEMMA(tiny_config()), weights)
+
+    def stop(*_, **__):
+        signal.raise_signal(number)
+        pytest.fail("went on")
+
+    arguments = {
+        "convert": ("convert", weights, tmp_path / "out.pth"),
+        "export": ("export", "--model", weights, "-o", tmp_path / "out.onnx", "--no-check"),
+        "bench": ("bench", "--model", weights, "-o", tmp_path / "out.json", "--device", "cpu"),
+    }[command]
+    monkeypatch.setattr(torch, "save", stop)
+    monkeypatch.setattr("lemma_fast.onnx._translate", stop)
+    monkeypatch.setattr("lemma_fast.bench.run.environment", stop)
+    ran = run(*arguments)
+    assert ran.code == code
+    kept = "what was timed so far is in" if command == "bench" else "nothing was written"
+    assert ran.err.startswith(f"interrupted: {kept}")
+    assert names() == ["w.safetensors"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
