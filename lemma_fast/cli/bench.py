@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from lemma_fast.cli.exits import fail, interruptible, misused, say
+from lemma_fast.outputs import OutputError, check_output, reason
 
 if TYPE_CHECKING:
     from lemma_fast.model import LEMMA
@@ -99,8 +100,6 @@ def bench(
     ratios are those of one run. The file is rewritten after each batch size, so that a run that is
     stopped keeps what it has.
     """
-    from lemma_fast.outputs import OutputError, check_output, reason
-
     if output is not None:
         try:
             check_output(
@@ -126,7 +125,9 @@ def bench(
         compile_mode=compile_mode or plan.compile_mode,
     )
     networks = _networks(model or [], random or [])
-    kept = "nothing was kept" if output is None else f"what was timed so far is in {output}"
+    kept = "nothing was kept"
+    if output is not None:
+        kept = f"every batch size that was finished is in {output}"
     try:
         with interruptible(kept):
             run(networks, where, plan, training, stages, output, say)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lemma_fast.cli.exits import fail, interruptible, misused, say
+from lemma_fast.outputs import OutputError, check_output, reason
 
 
 def convert(
@@ -24,8 +25,6 @@ def convert(
     Nothing but tensors is ever unpickled, and what does not fit is named. Weights that are not
     finite numbers are converted as they are, with a warning.
     """
-    from lemma_fast.outputs import OutputError, check_output, reason
-
     try:
         check_output(
             target,

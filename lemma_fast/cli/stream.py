@@ -29,7 +29,7 @@ from lemma_fast import compare, images
 from lemma_fast.atomic import make_folder, replace_file, replacing
 from lemma_fast.cli.inputs import Inputs, Naming, Outcome, Source, real
 from lemma_fast.images import Frame, ImageError, Size
-from lemma_fast.outputs import reason
+from lemma_fast.outputs import OutputError, check_folder, reason
 from lemma_fast.recognizers import Recognizer
 from lemma_fast.upscale import Upscaled, Upscaler
 
@@ -78,6 +78,7 @@ class Stream:
         self._queue: deque[_Item] = deque()
         self._batch: list[_Item] = []
         self._claims: dict[str, Source] = {}
+        self._tried: tuple[Path, str | None] | None = None
         self._writers: ThreadPoolExecutor
 
     def __iter__(self) -> Iterator[Outcome]:
@@ -192,7 +193,19 @@ class Stream:
             )
         elif item.exists and not self.overwrite:
             outcome.skip(f"{target} exists; --overwrite replaces it")
+        elif why := self._why_not_to(target.parent):
+            outcome.fail(why)
         return outcome.status != "ok"
+
+    def _why_not_to(self, folder: Path) -> str | None:
+        """Say why no file can be written to a folder; results of one folder come in a row."""
+        if self._tried is None or self._tried[0] != folder:
+            try:
+                check_folder(folder)
+                self._tried = folder, None
+            except OutputError as error:
+                self._tried = folder, str(error)
+        return self._tried[1]
 
     def _is_input(self, source: Source, path: Path) -> bool:
         given = source.data is None and os.path.exists(path) and os.path.exists(source.path)
@@ -310,7 +323,7 @@ class Stream:
         outcome.milliseconds += 1000 * (time.perf_counter() - began)
 
     def _keep(self, item: _Item) -> None:
-        """Copy a crop that is legible already (in a writer thread)."""
+        """Copy a crop that is tall enough as it is (in a writer thread)."""
         began = time.perf_counter()
         outcome, source = item.outcome, item.outcome.source
         try:

@@ -14,6 +14,7 @@ import typer
 
 from lemma_fast.cli.exits import fail, interruptible, misused
 from lemma_fast.cli.options import MODEL_HELP, one_of
+from lemma_fast.outputs import OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +192,6 @@ def upscale(
     from lemma_fast.cli import jsonl as lines
     from lemma_fast.cli.inputs import Inputs, Naming
     from lemma_fast.cli.report import Report
-    from lemma_fast.outputs import OutputError
 
     try:
         naming = Naming.chosen(paths, output, suffix, form)

@@ -320,3 +320,23 @@ def test_a_pattern_into_folders_too_deep_is_one_sentence(run, monkeypatch):
     ran = run("upscale", "in/**/*.png")
     assert ran.code == 2
     assert "nested too deep for a pattern; name a folder and use -r" in ran.err
+
+
+def test_a_folder_that_takes_no_results_is_found_out_before_the_network(
+    run, crop, tmp_path, echo, monkeypatch
+):
+    from lemma_fast.cli import stream
+    from lemma_fast.outputs import OutputError
+
+    def refuse(folder):
+        if folder.name == "closed":
+            raise OutputError(f"cannot write to {folder}: permission denied")
+
+    monkeypatch.setattr(stream, "check_folder", refuse)
+    for name in ("open/a.png", "closed/b.png", "closed/c.png", "open2/d.png"):
+        crop(name)
+    ran = run("upscale", tmp_path, "-r", "--jsonl", "-")
+    assert ran.code == 1
+    assert sorted(line["status"] for line in ran.lines) == ["error", "error", "ok", "ok"]
+    assert ran.err.count("closed: permission denied") == 2
+    assert echo.batches == [2]

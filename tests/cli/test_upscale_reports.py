@@ -313,7 +313,9 @@ def test_other_commands_end_in_a_sentence_and_leave_nothing(
     monkeypatch.setattr("lemma_fast.bench.run.environment", stop)
     ran = run(*arguments)
     assert ran.code == code
-    kept = "what was timed so far is in" if command == "bench" else "nothing was written"
+    kept = (
+        "every batch size that was finished is in" if command == "bench" else "nothing was written"
+    )
     assert ran.err.startswith(f"interrupted: {kept}")
     assert names() == ["w.safetensors"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
