@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from lemma_fast.atomic import replacing
 from lemma_fast.checkpoint import CONFIG_KEY
+from lemma_fast.checkpoint.files import stored_tensors, unwrapped
 from lemma_fast.model import LEMMA
 from lemma_fast.ops import Operations, reference
 from lemma_fast.ops.weights import BiGRUWeights
@@ -67,7 +68,7 @@ def export_onnx(
     behind then.
     """
     _require("onnx", "onnxscript")
-    path = Path(path)
+    path, model = Path(path), cast(LEMMA, unwrapped(model))
     if not path.parent.is_dir():
         raise ExportError(f"there is no folder {path.parent}")
     twin = _twin(model)
@@ -195,7 +196,7 @@ class _Flat(nn.Module):
 def _twin(model: LEMMA, ops: Operations = reference) -> LEMMA:
     """A copy on the CPU in fp32 and evaluation mode, with another table of operations."""
     twin = LEMMA(model.config, ops)
-    twin.load_state_dict(model.state_dict())
+    twin.load_state_dict(stored_tensors(model))
     return twin.float().eval()
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from lemma_fast import images
 from lemma_fast.acceleration import accelerate as make_fast
 from lemma_fast.checkpoint import load
+from lemma_fast.checkpoint.files import unwrapped
+from lemma_fast.config import LemmaConfig
 from lemma_fast.devices import choose_device
 from lemma_fast.images import Crop, ImageError, Size
 from lemma_fast.model import LEMMA
@@ -85,14 +87,16 @@ class Upscaler:
             raise ValueError(f"batch_size {batch_size} is less than 1")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         self.model = _load(model, device)
-        config = self.model.config
+        # It may be in a wrapper, which has no config.
+        inner = unwrapped(self.model)
+        self.config = config = cast(LemmaConfig, inner.config)
         if config.in_channels != 4:
             raise ValueError(
                 f"the model takes {config.in_channels} channels; crops give 4, RGB and a mask"
             )
         self.device = next(self.model.parameters()).device
         # What only looks like a LEMMA is called as it is.
-        self.accelerated = accelerate and isinstance(self.model, LEMMA)
+        self.accelerated = accelerate and isinstance(inner, LEMMA)
         self.network: nn.Module = self._made_fast()
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
         self.size = size
@@ -201,12 +205,12 @@ class Upscaler:
     @property
     def native(self) -> tuple[int, int]:
         """Width and height of what the network returns."""
-        config = self.model.config
+        config = self.config
         return config.scale * config.width, config.scale * config.height
 
     def prepare(self, crop: Crop) -> npt.NDArray[np.float32]:
         """Make the network's input of a crop: float32 [4, 16, 64]."""
-        return images.network_input(crop.opaque, *self.model.config.size)
+        return images.network_input(crop.opaque, *self.config.size)
 
     def infer(self, crops: npt.NDArray[np.float32]) -> list[Upscaled]:
         """Run the network once on [N, 4, 16, 64], in one batch.
@@ -226,7 +230,7 @@ class Upscaler:
             attention = (prior.attn_map.float() * live).amax(1).clamp(min=0)
             classes = prior.img_logits.argmax(-1)
         return [
-            Upscaled(Image.fromarray(picture), self.model.config.spell(row), int(length), heat)
+            Upscaled(Image.fromarray(picture), self.config.spell(row), int(length), heat)
             for picture, row, length, heat in zip(
                 pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(),
                 classes.tolist(),

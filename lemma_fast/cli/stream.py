@@ -149,7 +149,7 @@ class Stream:
         if height > _TALL * width:
             yield "much taller than wide: only words that run from left to right are read; turn it"
         if width > _WIDE * height and not kept:
-            rows, columns = self.upscaler.model.config.size
+            rows, columns = self.upscaler.config.size
             yield f"much wider than a word, and seen at {columns}x{rows}: cut a line into its words"
 
     def _same_format(self, found: str | None) -> bool:

@@ -339,3 +339,30 @@ def test_a_pillow_image_that_is_damaged_is_an_image_error(up, tmp_path, keep):
         up(Image.open(path))
     with pytest.raises(ImageError, match=r"crop\.png: damaged or truncated"):
         up(path)
+
+
+def held(model):
+    wrapper = torch.nn.Module()
+    wrapper.module = model
+    return wrapper.eval()
+
+
+def compiled_in_part(model):
+    model = copy.deepcopy(model)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), compiled_in_part])
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_wrapped_models_give_the_same(tiny, wrap, accelerate):
+    source = noise(9, 30, 3)
+    expected = Upscaler(tiny, "cpu", accelerate=accelerate)(source).astype(int)
+    up = Upscaler(wrap(tiny), "cpu", accelerate=accelerate)
+    assert up.accelerated == accelerate
+    assert np.abs(up(source) - expected).max() <= 1
+
+
+def test_a_parallel_model_is_accelerated(tiny):
+    source = noise(9, 30, 3)
+    assert np.array_equal(Upscaler(held(tiny), "cpu")(source), Upscaler(tiny, "cpu")(source))
