@@ -192,11 +192,11 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
     """Compare bicubic, super-resolved and true crops: what is read, PSNR and SSIM."""
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 
     from lemma_fast.baselines import open_network
+    from lemma_fast.devices import choose_device
     from lemma_fast.training.data.inspect import open_pairs
     from lemma_fast.training.evaluation import report
     from lemma_fast.training.evaluation.evaluate import Protocol, measure, open_readers
@@ -208,14 +208,13 @@ def evaluate(
     if cache is not None and no_cache:
         raise typer.BadParameter("--cache and --no-cache contradict each other")
     kind = cast(Protocol, protocol)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     console = Console(stderr=True)
 
     def say(text: str) -> None:
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
     try:
+        device = str(choose_device(device))
         names = [subset_name(path) for path in data]
         if len(set(names)) < len(names):
             names = [str(path) for path in data]
