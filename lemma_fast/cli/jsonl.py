@@ -110,6 +110,10 @@ def opened(target: str | None) -> Iterator[Lines | None]:
                     raise ValueError("its target is none of ours")
                 earlier, whole = read_back(path)
                 os.truncate(path, whole)
+                with path.open("rb+") as last:
+                    # An editor may have taken the last line's end.
+                    if whole and last.seek(-1, os.SEEK_END) and last.read() != b"\n":
+                        whole += last.write(b"\n")
             except ValueError:
                 # --overwrite was given, or the check would not have let this pass.
                 path.unlink()
@@ -144,7 +148,7 @@ def read_back(path: Path) -> tuple[dict[str, str], int]:
                     break
                 raise ValueError("a line is not JSON") from error
             fits = isinstance(content, dict) and content.get("status") in get_args(Status)
-            if not fits or not isinstance(content.get("input"), str) or not line.endswith(b"\n"):
+            if not fits or not isinstance(content.get("input"), str):
                 raise ValueError("a line is not one of --jsonl")
             statuses[content["input"]] = content["status"]
             whole += len(line)

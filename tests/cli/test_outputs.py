@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_network import tiny_config
 
 import lemma_fast.bench.run
 import lemma_fast.upscale  # noqa: F401  (before a test replaces what it imports)
 from lemma_fast import LEMMA, checkpoint
+from lemma_fast.cli import jsonl
+from lemma_fast.cli.inputs import Outcome, Source
 
 # The command, with {weights} a checkpoint and {out} the file that it writes.
 COMMANDS = {
@@ -179,6 +183,15 @@ class TestLines:
             assert upscale("c.png", "--overwrite").code == 0
             assert [name for name, *_ in lines()] == ["a.png", "c.png"]
 
+    def test_a_last_line_without_its_end_counts(self, upscale, lines, tmp_path):
+        upscale("a.png", "b.png")
+        (tmp_path / "r.jsonl").write_bytes((tmp_path / "r.jsonl").read_bytes().rstrip())
+        upscale("c.png")
+        assert [name for name, *_ in lines()] == ["a.png", "b.png", "c.png"]
+        (tmp_path / "r.jsonl").write_bytes((tmp_path / "r.jsonl").read_bytes().rstrip())
+        upscale("c.png", "--overwrite")
+        assert [name for name, *_ in lines()] == ["a.png", "b.png", "c.png"]
+
     @pytest.mark.parametrize(
         "content",
         [b"mine", b"\n", b'{"input": 3}\n', b'{"a": 1}\n', b"[1]\n", b"\xff\xfe\n", b"[" * 100_000,
@@ -282,3 +295,40 @@ def test_names_that_are_no_text(run, crop, weights, tmp_path, echo):
     ran = run("convert", one, folder / "no" / "x.pth")
     assert "there is no folder" in ran.err
     assert "[bold]" in ran.err
+
+
+_NAMES = st.text(st.characters(exclude_categories=()), min_size=1, max_size=12)
+_OUTCOMES = st.lists(
+    st.tuples(_NAMES, st.sampled_from(["ok", "kept", "skipped", "error"]), st.text(max_size=9)),
+    max_size=5,
+)
+
+
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(outcomes=_OUTCOMES, at=st.integers(0, 2000), byte=st.integers(0, 255), cut=st.booleans())
+def test_lines_are_read_back_and_nothing_else_is(tmp_path, outcomes, at, byte, cut):
+    made = []
+    for name, status, reason in outcomes:
+        outcome = Outcome(Source(Path(name)), status, reason)
+        made.append(json.dumps(jsonl.as_json(outcome)).encode() + b"\n")
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"".join(made))
+    expected = {str(Path(name)): status for name, status, _ in outcomes}
+    assert jsonl.read_back(path) == (expected, len(b"".join(made)))
+    changed = bytearray(b"".join(made))
+    if cut:
+        # What a kill leaves is a beginning of the file: whole lines count, the rest does not.
+        left = bytes(changed[:at])
+        path.write_bytes(left)
+        whole = [line for line in left.splitlines(keepends=True) if line.endswith((b"\n", b"]}"))]
+        found = {str(Path(name)): status for name, status, _ in outcomes[: len(whole)]}
+        assert jsonl.read_back(path) == (found, sum(map(len, whole)))
+    elif changed:
+        changed[at % len(changed)] = byte
+        path.write_bytes(changed)
+        try:
+            statuses, size = jsonl.read_back(path)
+        except ValueError:
+            return
+        assert size <= len(changed)
+        assert set(statuses.values()) <= {"ok", "kept", "skipped", "error"}
