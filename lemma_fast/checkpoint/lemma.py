@@ -131,6 +131,8 @@ def convert(source: str | Path, target: str | Path) -> LEMMA:
     more. Raises CheckpointError.
     """
     source, target = locate(source), Path(target)
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise CheckpointError(f"{target}: it is the file that is read")
     model = load(source)
     if is_safetensors(target):
         # A file's name may be no text at all.
@@ -331,8 +333,9 @@ def _download(name: str, options: Mapping[str, Any]) -> Path:
     try:
         return Path(hf_hub_download(name, HUB_FILE, **options))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{name}: not a local file, and the Hub says: {reason}") from error
+        raise CheckpointError(
+            f"{name}: not a local file, and the Hub says: {reason(error)}"
+        ) from error
 
 
 def _load_ours(path: Path) -> LEMMA:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, get_args
 
-from lemma_fast.atomic import replacing
+from lemma_fast.atomic import make_folder, replacing
 from lemma_fast.cli.exits import misused
 from lemma_fast.cli.inputs import STDIN, Inputs, Outcome, Status
 from lemma_fast.images import image_suffixes
@@ -88,6 +88,10 @@ def check(target: str | None, inputs: Inputs, overwrite: bool) -> None:
     path = Path(target)
     if path.suffix.lower() in image_suffixes() or inputs.holds(path):
         misused(f"--jsonl {path} would replace an image")
+    results = None if inputs.output is None else os.path.abspath(inputs.output)
+    if os.path.abspath(path.parent) == results and not os.path.lexists(path.parent):
+        # It is made later, and has been tried.
+        return
     check_output(path, "--jsonl", overwrite=overwrite, made_here=_made_here)
 
 
@@ -104,19 +108,9 @@ def opened(target: str | None) -> Iterator[Lines | None]:
     earlier: dict[str, str] = {}
     whole = 0
     try:
-        if not is_stream(path) and os.path.lexists(path):
-            try:
-                if path.is_symlink():
-                    raise ValueError("its target is none of ours")
-                earlier, whole = read_back(path)
-                os.truncate(path, whole)
-                with path.open("rb+") as last:
-                    # An editor may have taken the last line's end.
-                    if whole and last.seek(-1, os.SEEK_END) and last.read() != b"\n":
-                        whole += last.write(b"\n")
-            except ValueError:
-                # --overwrite was given, or the check would not have let this pass.
-                path.unlink()
+        if not is_stream(path):
+            make_folder(path.parent)
+            earlier, whole = _continued(path)
         file = path.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise Unreported(f"cannot write --jsonl {path}: {reason(error)}") from None
@@ -129,6 +123,23 @@ def opened(target: str | None) -> Iterator[Lines | None]:
                 lines.drop_redone(whole)
             raise
     lines.drop_redone(whole)
+
+
+def _continued(path: Path) -> tuple[dict[str, str], int]:
+    """Make a file ready for more lines; returns what `read_back` does. Raises OSError."""
+    if not os.path.lexists(path):
+        return {}, 0
+    if path.is_symlink() or not _made_here(path):
+        # --overwrite was given, or the check would not have let this pass.
+        path.unlink()
+        return {}, 0
+    earlier, whole = read_back(path)
+    os.truncate(path, whole)
+    with path.open("rb+") as file:
+        # An editor may have taken the last line's end.
+        if whole and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+            whole += file.write(b"\n")
+    return earlier, whole
 
 
 def read_back(path: Path) -> tuple[dict[str, str], int]:

@@ -157,6 +157,16 @@ class TestLines:
         assert upscale("d.png").code == 0
         assert lines() == [*done, ("c.png", "ok", "ab1"), ("d.png", "ok", "ab1")]
 
+    def test_they_may_lie_in_the_folder_of_results(self, run, crop, tmp_path):
+        path = crop("a.png")
+        for folder in (tmp_path / "new", tmp_path / "deep" / "new"):
+            ran = run("upscale", path, "-o", folder, "--jsonl", folder / "r.jsonl")
+            assert ran.code == 0, ran.err
+            assert json.loads((folder / "r.jsonl").read_text())["status"] == "ok"
+        ran = run("upscale", path, "-o", tmp_path / "x", "--jsonl", tmp_path / "y" / "r.jsonl")
+        assert ran.code == 2
+        assert not (tmp_path / "x").exists()
+
     def test_lines_of_what_is_done_again_are_replaced(self, upscale, lines, tmp_path):
         upscale("a.png", "b.png", "c.png")
         upscale("b.png", "--overwrite")

@@ -110,6 +110,16 @@ def test_convert_refuses_another_suffix(published: Path, tmp_path: Path) -> None
         checkpoint.convert(published, tmp_path / "model.onnx")
 
 
+def test_convert_does_not_write_over_what_it_reads(model: LEMMA, tmp_path: Path) -> None:
+    checkpoint.save(model, tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").symlink_to("a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    for name in ("a.safetensors", "b.safetensors"):
+        with pytest.raises(CheckpointError, match="it is the file that is read"):
+            checkpoint.convert(tmp_path / "a.safetensors", tmp_path / name)
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
 def test_hub_folder_round_trip(model: LEMMA, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert same(LEMMA.from_pretrained(tmp_path), model)
