@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -42,25 +43,37 @@ def fail(message: str) -> NoReturn:
 @contextmanager
 def interruptible(
     said: str, tell: Callable[[str], object] = lambda text: say(text, err=True)
-) -> Iterator[None]:
-    """Let a plain kill end the block as Ctrl-C does, so that it can clean up; `tell` `said` then.
+) -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C and a plain kill end the block so that it can clean up; `tell` `said` then.
 
-    The exit codes are 143 and 130.
+    The exit codes are 130 and 143. Yields a function that ends a block which goes on although it
+    was to end: libraries may swallow what a handler raises, or turn it into an error of their own.
     """
+    ended: list[BaseException] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        ended.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        raise ended[0]
 
+    def check() -> None:
+        if ended:
+            raise ended[0]
+
+    before = {}
+    # Only a main thread may set handlers; elsewhere the caller has its own.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # What is ignored, such as by nohup, stays ignored.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, stop)
     try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        # Only a main thread may set handlers; elsewhere the caller has its own.
-        before = None
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
+        yield check
+    except BaseException as error:
+        if not ended and not isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         tell(f"interrupted: {said}")
+        check()
         raise
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -235,13 +235,14 @@ def upscale(
     whole = "results that were written are whole"
     try:
         with (
-            interruptible(f"{whole}, the same call goes on", report.say),
+            interruptible(f"{whole}, the same call goes on", report.say) as check,
             lines.opened(jsonl) as report.jsonl,
             report.progress(inputs) as show,
         ):
             for outcome in stream:
                 report.add(outcome)
                 show()
+                check()
     except lines.Unreported as error:
         report.say(f"error: {error}; stopped, {whole}")
         raise typer.Exit(1) from None
