@@ -371,25 +371,18 @@ def test_another_format_is_refused(model: LEMMA, tmp_path: Path) -> None:
         lemma_fast.load(tmp_path / "m.safetensors")
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
-    # Its own class asks for devices; all that matters here is its attribute.
-    wrapper = nn.Module()
-    wrapper.module = model
-    return wrapper
-
-
 def compiled_within(model: LEMMA) -> LEMMA:
     model = copy.deepcopy(model)
     model.prior = torch.compile(model.prior)  # type: ignore[assignment]
-    model.blocks[0] = data_parallel(model.blocks[0])
+    model.blocks[0] = nn.DataParallel(model.blocks[0])
     return model
 
 
 WRAPPERS: dict[str, Callable[[LEMMA], nn.Module]] = {
     "compile": torch.compile,
-    "data parallel": data_parallel,
-    "compile around data parallel": lambda model: torch.compile(data_parallel(model)),
-    "data parallel around compile": lambda model: data_parallel(torch.compile(model)),
+    "data parallel": nn.DataParallel,
+    "compile around data parallel": lambda model: torch.compile(nn.DataParallel(model)),
+    "data parallel around compile": lambda model: nn.DataParallel(torch.compile(model)),
     "within": compiled_within,
     "around and within": lambda model: torch.compile(compiled_within(model)),
 }

@@ -341,12 +341,6 @@ def test_a_pillow_image_that_is_damaged_is_an_image_error(up, tmp_path, keep):
         up(path)
 
 
-def held(model):
-    wrapper = torch.nn.Module()
-    wrapper.module = model
-    return wrapper.eval()
-
-
 def compiled_in_part(model):
     model = copy.deepcopy(model)
     model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
@@ -365,4 +359,6 @@ def test_wrapped_models_give_the_same(tiny, wrap, accelerate):
 
 def test_a_parallel_model_is_accelerated(tiny):
     source = noise(9, 30, 3)
-    assert np.array_equal(Upscaler(held(tiny), "cpu")(source), Upscaler(tiny, "cpu")(source))
+    assert np.array_equal(
+        Upscaler(torch.nn.DataParallel(tiny).eval(), "cpu")(source), Upscaler(tiny, "cpu")(source)
+    )
