@@ -40,7 +40,9 @@ OBJECTS = ROOT / "build" / "csrc"
 LIBRARY, MISSING = "_C.abi3.so", "_C.missing.txt"
 
 TORCH_TARGET = "0x020b000000000000"
-CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+CXX_FLAGS = ["-O3", "-Wall", "-Wextra", "-Wno-psabi"]
+# What the sources rely on comes after the flags of the environment, of which the last one counts.
+NEEDED_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-fast-math"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 LEVELS = {
     "baseline": [],
@@ -144,7 +146,7 @@ def plan(with_cuda: bool) -> list[Step]:
     """Lay out the compilations and, last, the linking."""
     torch, version = torch_folder()
     cxx = shlex.split(compiler())
-    flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *NEEDED_FLAGS]
     include = [
         "-Icsrc",
         "-isystem",

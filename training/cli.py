@@ -196,6 +196,7 @@ def evaluate(
     from rich.progress import Progress
 
     from lemma_fast.baselines import open_network
+    from lemma_fast.devices import choose_device
     from lemma_fast.training.data.inspect import open_pairs
     from lemma_fast.training.evaluation import report
     from lemma_fast.training.evaluation.evaluate import (
@@ -207,7 +208,6 @@ def evaluate(
     from lemma_fast.training.evaluation.readings import default_folder, open_readings
     from lemma_fast.training.evaluation.summary import subset_names, summarize
     from lemma_fast.training.evaluation.tables import plain_console, print_tables, readable
-    from lemma_fast.upscale import choose_device
 
     if protocol not in ("corrected", "official"):
         raise typer.BadParameter(f"--protocol is corrected or official, not {protocol}")

@@ -18,6 +18,7 @@ from lemma_fast.acceleration.layers import Plan, can_pack
 from lemma_fast.acceleration.parts import Parts, Recordings, Run
 from lemma_fast.acceleration.swap import folded
 from lemma_fast.checkpoint import CheckpointError, from_published
+from lemma_fast.checkpoint.files import plain_names, stored_tensors, unwrapped
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import Prior
@@ -119,6 +120,13 @@ class Accelerated(nn.Module):
                 "an accelerated model is for evaluation: use accelerate(model, training=True)"
             )
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied: packed weights cannot be, and graphs are of a process."""
+        raise TypeError(
+            "an accelerated model cannot be pickled or copied: do that with the original, and "
+            "accelerate the result"
+        )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Accelerated:
         raise RuntimeError(
@@ -242,7 +250,7 @@ def trainable(model: LEMMA) -> LEMMA:
     """Copy a network into one with the `training_operations` of its device."""
     first = next(model.parameters())
     copied = LEMMA(model.config, ops=training_operations(first.device.type))
-    copied.load_state_dict(model.state_dict())
+    copied.load_state_dict(stored_tensors(model))
     for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
     return copied.to(first.device, first.dtype).train()
@@ -253,17 +261,13 @@ def recognized(model: nn.Module) -> LEMMA:
 
     Raises TypeError for anything else.
     """
-    inner = model
-    while not isinstance(inner, LEMMA):
-        # torch.compile's and DataParallel's wrappers.
-        held = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if not isinstance(held, nn.Module):
-            break
-        inner = held
-    if isinstance(inner, LEMMA):
-        return inner
-    if not isinstance(inner, nn.Module):
+    if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a LEMMA, not {type(model).__name__}")
+    inner = unwrapped(model)
+    if isinstance(inner, LEMMA):
+        names = inner.state_dict().keys()
+        # Parts of it may be wrapped too, and what is folded is found by names and types.
+        return inner if plain_names("", inner.state_dict()).keys() == names else _bare(inner)
     try:
         found = from_published(inner.state_dict())
     except CheckpointError as error:
@@ -272,6 +276,14 @@ def recognized(model: nn.Module) -> LEMMA:
         ) from error
     first = next(inner.parameters())
     return found.to(first.device, first.dtype)
+
+
+def _bare(model: LEMMA) -> LEMMA:
+    """Return a network with the same weights, without the wrappers around its parts."""
+    first = next(model.parameters())
+    bare = LEMMA(model.config)
+    bare.load_state_dict(stored_tensors(model))
+    return bare.to(first.device, first.dtype).train(model.training)
 
 
 def make_plan(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Plan, str | None]:

@@ -64,8 +64,8 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
     return out
 
 
-# Where each norm is among the 52 tensors, in the order of csrc/adafm/math.h: its weight and bias, then
-# its running mean and variance.
+# Where each norm is among the 52 tensors, in the order of csrc/adafm/math.h: its weight and bias,
+# then its running mean and variance.
 _NORMS = (0, 6, 15, 24, 41, 48)
 _WEIGHTS = 52
 _TRAINED = [i for i in range(_WEIGHTS) if not any(i in (norm + 2, norm + 3) for norm in _NORMS)]

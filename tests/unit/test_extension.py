@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,39 @@ def test_sources_of_every_folder_are_compiled():
     headers = {name for name in there if name.endswith(".cuh")}
     assert there - headers == {*module.SOURCES, *module.CUDA_SOURCES}
     assert any("/" in name.removeprefix("csrc/") for name in module.CUDA_SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("variable", "flags"),
+    [
+        # What conda's compilers set, and others that would change what is built.
+        ("CXXFLAGS", "-fvisibility-inlines-hidden -std=c++17 -O2"),
+        ("CXXFLAGS", "-std=gnu++14 -fno-PIC -fvisibility=default"),
+        ("CXXFLAGS", "-ffast-math"),
+        ("CXXFLAGS", "-Ofast -ffinite-math-only"),
+        ("CXX", "c++ -std=c++11"),
+    ],
+)
+def test_flags_of_the_environment_take_nothing_that_is_needed(
+    build, monkeypatch, tmp_path, variable, flags
+):
+    if not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setenv(variable, flags)
+    command = build.plan(with_cuda=False)[0].command
+    asked = flags.split()[-1]
+    assert asked in command
+    source = tmp_path / "csrc" / "library.cpp"
+    source.write_text(
+        "static_assert(__cplusplus >= 202002L);\n"
+        "#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || !defined(__PIC__)\n"
+        "#error flags\n"
+        "#endif\n"
+        "int one() { return 1; }\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command[command.index("-MF") + 1], command[-1] = str(tmp_path / "d"), str(tmp_path / "o")
+    subprocess.run(command, check=True)
 
 
 @pytest.mark.parametrize("ninja", [True, False])
