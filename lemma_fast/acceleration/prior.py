@@ -38,13 +38,11 @@ def make_resize(config: LemmaConfig, plan: Plan) -> Resize:
 
 
 class FoldedPositionAttention(PositionAttention):
-    """`PositionAttention` whose queries are a constant, projected and scaled already."""
+    """`PositionAttention` around folded convolutions; its queries are a constant, scaled already."""
 
-    def __init__(
-        self, attention: PositionAttention, down: nn.ModuleList, up: nn.ModuleList, plan: Plan
-    ) -> None:
+    def __init__(self, attention: PositionAttention, plan: Plan) -> None:
         nn.Module.__init__(self)
-        self.down, self.up, self.plan = down, up, plan
+        self.down, self.up, self.plan = attention.down, attention.up, plan
         queries = F.linear(wide(attention.queries), *linear(attention.project))
         self.queries = plan.keep_exact(queries / queries.shape[1] ** 0.5)
 

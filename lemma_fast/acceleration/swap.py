@@ -61,17 +61,23 @@ def folded(model: LEMMA, plan: Plan, with_attention: bool = True) -> LEMMA:
     network.rectifier = None
     prior, guidance = network.prior, network.guidance
     # These two have forms of their own.
-    network.prior, network.guidance = nn.Identity(), nn.Identity()
-    network.stem = nn.Sequential(Enter(plan.dtype), swap(network.stem, plan))
+    put(network, "prior", nn.Identity())
+    put(network, "guidance", nn.Identity())
+    put(network, "stem", nn.Sequential(Enter(plan.dtype), swap(network.stem, plan)))
     swap(network, plan)
     if isinstance(prior, TextPrior):
         swap(prior, plan)
-        network.prior = FoldedPrior(prior, plan, with_attention)
+        put(network, "prior", FoldedPrior(prior, plan, with_attention))
     else:
-        network.prior = ExactPrior(prior, plan, with_attention)
+        put(network, "prior", ExactPrior(prior, plan, with_attention))
     kind = FoldedGuidance if is_whole(model.config) else ExactGuidance
-    network.guidance = kind(guidance, plan)
+    put(network, "guidance", kind(guidance, plan))
     return network
+
+
+def put(module: nn.Module, name: str, part: nn.Module) -> None:
+    """Replace a part by one of another type with the same face."""
+    setattr(module, name, part)
 
 
 def swap(module: nn.Module, plan: Plan) -> nn.Module:
@@ -97,15 +103,16 @@ def swap(module: nn.Module, plan: Plan) -> nn.Module:
             return FoldedUpsampler(module, plan)
         case RecurrentBlock():
             # The norm lies before the GRU's input products.
-            module.horizontal = FoldedBiGRU(module.horizontal, plan, module.norm)
-            module.norm = nn.Identity()
+            put(module, "horizontal", FoldedBiGRU(module.horizontal, plan, module.norm))
+            put(module, "norm", nn.Identity())
         case Vision():
             module.positions = plan.keep(module.positions)
         case PositionAttention():
-            down, up = swap(module.down, plan), swap(module.up, plan)
-            return FoldedPositionAttention(module, down, up, plan)
+            swap(module.down, plan)
+            swap(module.up, plan)
+            return FoldedPositionAttention(module, plan)
     for name, child in module.named_children():
-        setattr(module, name, swap(child, plan))
+        put(module, name, swap(child, plan))
     return module
 
 
