@@ -38,7 +38,7 @@ def make_resize(config: LemmaConfig, plan: Plan) -> Resize:
 
 
 class FoldedPositionAttention(PositionAttention):
-    """`PositionAttention` around folded convolutions; its queries are a constant, scaled already."""
+    """`PositionAttention` on folded convolutions; its queries are a constant, scaled already."""
 
     def __init__(self, attention: PositionAttention, plan: Plan) -> None:
         nn.Module.__init__(self)
