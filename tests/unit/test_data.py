@@ -263,7 +263,7 @@ def test_packing_names_what_it_leaves_out(tmp_path):
     root = _folder(tmp_path / "set", ["hr", "lr", "label"], rows)
     written, skipped = pack(root, tmp_path / "out")
     assert written == 1
-    assert skipped[0].id.endswith("labels.csv:2")
+    assert skipped[0].id.endswith("labels.csv:3")
     assert "9.png" in skipped[0].reason
 
 
