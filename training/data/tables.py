@@ -35,7 +35,7 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file; raises SetError with the line where it is none, and OSError."""
     data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:1024]:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
         raise SetError(f"{path}:1: not UTF-8 (it looks like UTF-16): save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
