@@ -2,6 +2,8 @@
 
 import csv
 import io
+import struct
+import zlib
 
 import lmdb
 import numpy as np
@@ -19,6 +21,17 @@ def encoded(image, form="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def _chunk(kind, content):
+    body = kind + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def claiming(width, height):
+    """A PNG file whose header gives this size, with no pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(b"0"))
 
 
 def write_lmdb(root, entries):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_sets import encoded, folder_of_pairs, picture, textzoom_entries, write_lmdb
+from tiny_sets import claiming, encoded, folder_of_pairs, picture, textzoom_entries, write_lmdb
 from tiny_training import write_config, write_set
 
 from lemma_fast.training import cli_data
@@ -45,7 +45,7 @@ def test_every_command_says_that_a_set_is_cut(run, tmp_path, cut):
 
 def test_a_record_that_does_not_decode_is_left_out_by_every_command(run, tmp_path):
     config = write_config(tmp_path)
-    entries = {**textzoom_entries(8), "image_hr-000000002": b"no image"}
+    entries = {**textzoom_entries(8), "image_hr-000000002": claiming(30000, 30000)}
     root = write_lmdb(tmp_path / "set.lmdb", entries)
     for command in (("inspect", root), ("pack", root, tmp_path / "out")):
         ran = run("data", *command)
@@ -55,7 +55,7 @@ def test_a_record_that_does_not_decode_is_left_out_by_every_command(run, tmp_pat
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["skipped"] == {"set": 1}
     for cache in ("none", "ram"):
-        settings = [f"data.train={root}", "run.steps=2", "--stage", "prior", "--restart"]
+        settings = [f"data.train={root}", "run.steps=4", "--stage", "prior", "--restart"]
         ran = run("train", config, *settings, f"data.cache={cache}")
         assert ran.code == 0, ran.err
 
@@ -94,8 +94,10 @@ def test_a_sheet_never_replaces_an_input(run, pairs, name):
 
 def test_a_sheet_of_an_lmdb_never_replaces_it(run, tmp_path):
     root = write_set(tmp_path / "set.lmdb", 2)
-    ran = run("data", "inspect", root, "--sheet", root / "data.mdb", "--overwrite")
-    assert ran.code == 2
+    for more in ((), ("--overwrite",)):
+        ran = run("data", "inspect", root, "--sheet", root / "data.mdb", *more)
+        assert ran.code == 2
+        assert "would replace an input" in ran.err
     assert Records(root).count == 2
 
 

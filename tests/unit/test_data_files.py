@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_sets import encoded, folder_of_pairs, picture, textzoom_entries, write_lmdb
+from tiny_sets import claiming, encoded, folder_of_pairs, picture, textzoom_entries, write_lmdb
 from tiny_training import write_set
 
 from lemma_fast.images import open_image
@@ -232,22 +232,12 @@ def test_sets_decode_pictures_as_upscale_does(tmp_path, encode):
         assert np.array_equal(np.asarray(open_pairs(path).stored(0)[0]), seen), path
 
 
-def _chunk(kind, content):
-    body = kind + content
-    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-
-def _claims(width, height):
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(b"0"))
-
-
 _BROKEN = {
     "nothing": b"",
     "text": b"<html>",
     "truncated": encoded(picture(1, (60, 20)))[:300],
-    "bomb": _claims(30000, 30000),
-    "no-pixels": _claims(0, 5),
+    "bomb": claiming(30000, 30000),
+    "no-pixels": claiming(0, 5),
     "bad-chunk": encoded(picture(1, (60, 20))).replace(b"IDAT", b"IDA\x00"),
 }
 

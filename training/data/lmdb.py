@@ -67,18 +67,18 @@ class Records:
     def get(self, key: bytes) -> bytes | None:
         """The value at `key`, or None."""
         with self._reading() as transaction:
-            value: bytes | None = transaction.get(key)
-        return value
+            value = transaction.get(key)
+            return None if value is None else bytes(value)
 
     def has(self, start: bytes) -> bool:
         """Whether some key begins with `start`."""
         with self._reading() as transaction, transaction.cursor() as cursor:
-            return bool(cursor.set_range(start)) and cursor.key().startswith(start)
+            return cursor.set_range(start) and bytes(cursor.key()).startswith(start)
 
     def missing(self, kinds: Sequence[str]) -> dict[int, list[str]]:
         """The keys `kind-%09d` that are absent, by record; only records that lack one are named."""
         absent: dict[int, list[str]] = {}
-        with self._reading(buffers=True) as transaction:
+        with self._reading() as transaction:
             for kind in kinds:
                 for record in range(1, self.count + 1):
                     key = f"{kind}-{record:09d}"
@@ -87,9 +87,10 @@ class Records:
         return absent
 
     @contextmanager
-    def _reading(self, buffers: bool = False) -> Iterator[lmdb.Transaction]:
+    def _reading(self) -> Iterator[lmdb.Transaction[memoryview]]:
         try:
-            with _environment(self.root).begin(buffers=buffers) as transaction:
+            # Views, because who asks whether a picture is there need not copy it.
+            with _environment(self.root).begin(buffers=True) as transaction:
                 yield transaction
         except lmdb.Error as wrong:
             raise SetError(f"{self.root} cannot be read: {wrong}") from wrong
