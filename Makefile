@@ -12,10 +12,14 @@ DEMO_OUTPUT ?= demo-output
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
 BIN := $(VENV)/bin
+CSRC := $(wildcard $(foreach d,csrc csrc/* csrc/*/* tests/emulator,$(foreach e,cpp h cu cuh,$(d)/*.$(e))))
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench fonts system-deps clean
+# Without `slow` and what compiles or trains: the tests of a minute.
+QUICK := tests/unit tests/golden/test_eval.py tests/golden/test_fill.py
+
+.PHONY: help demo check test launches wheel docs lint format types bench gpu-bundle fonts system-deps clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,28 +27,49 @@ help:  ## list these targets
 demo: $(VENV)/.package  ## set up, then double the size of the crops in examples/
 	@$(BIN)/python examples/demo.py $(DEMO_OUTPUT)
 
-test: lint types  ## set up with all tools, then lint, types and tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+check: lint types  ## style, types, import rules and the quick tests: under two minutes
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -q -m "not slow" $(QUICK)
+
+test: lint types  ## set up with all tools, then lint, types and every test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) --durations=25
+
+# .venv with another Triton in front of its own.
+launches: $(VENV)/.tools  ## prove every kernel launch without a GPU, e.g. with TRITON=3.6.0
+	@test -n '$(TRITON)' || { echo "Name a release: make launches TRITON=3.6.0" >&2; exit 1; }
+	@test -d build/triton-$(TRITON) || $(PIP_INSTALL) -qq --no-deps \
+	    --target build/triton-$(TRITON) 'triton==$(TRITON)'
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/launches
 
 lint: $(VENV)/.tools  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: $(VENV)/.tools  ## mend what `make lint` can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
-# The folder map exists only in an installed package, so that is what mypy reads.
-types: $(VENV)/.tools  ## check types and imports of the installed wheel
+# The folder map exists only in an installed package, so that is what the next two read.
+wheel: $(VENV)/.tools
 	@rm -rf build/lib* build/bdist* build/wheel build/installed
 	$(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(PIP_INSTALL) -qq --no-deps --no-compile --target build/installed build/wheel/*.whl
+
+types: wheel  ## check types and imports of the installed wheel
 	MYPYPATH=build/installed $(BIN)/mypy -p lemma_fast
 	cd build/installed && $(abspath $(BIN))/lint-imports ../../pyproject.toml
+
+docs: wheel $(VENV)/.docs  ## build the documentation site into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(VENV)/.tools  ## time the operations and the model
 	$(BIN)/python -m pytest benchmarks --benchmark-only \
 	    -o python_files='bench_*.py' -o python_functions='bench_*'
+
+# BUNDLE_FLAGS=--build adds the compiled operations, for which nvcc must be here.
+gpu-bundle: $(VENV)/.tools  ## make build/gpu-bundle: what a GPU machine without a network lacks
+	$(BIN)/python benchmarks/gpu_bundle.py $(BUNDLE_FLAGS) build/gpu-bundle
 
 fonts:  ## install the Debian fonts and the word list that synthetic crops are drawn from
 	.ci/apt-install training/fonts/train.txt training/fonts/test.txt .ci/synthesis-packages.txt
@@ -91,7 +116,7 @@ $(VENV)/.torch: $(VENV)/.made
 
 # The C++ extension is built with it. Without a compiler it does without, and says so here, because
 # pip keeps what a build says to itself.
-$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	$(PIP_INSTALL) -qq --no-build-isolation --editable .
 	@if [ -f lemma_fast/_C.missing.txt ]; then \
 	    echo "Installed without the C++ extension, which the reference does not need:" \
@@ -101,4 +126,8 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 
 $(VENV)/.tools: $(VENV)/.package
 	$(PIP_INSTALL) -qq --no-build-isolation --editable '.[dev,eval,onnx,train,triton]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.tools
+	$(PIP_INSTALL) -qq --no-build-isolation --editable '.[docs]'
 	@touch $@

@@ -1,9 +1,9 @@
 """Build lemma-fast: the folder map and the C++/CUDA extension. Metadata is in pyproject.toml.
 
 The extension is one library without Python in it, `lemma_fast/_C.abi3.so`, on PyTorch's stable ABI:
-one file serves every Python, and torch from the release in TORCH_TARGET on. All of csrc/*.cpp goes
-into it, and csrc/*.cu where nvcc and a CUDA build of torch are there. A file whose name ends in
-_avx2 or _avx512 is compiled for those instructions; who calls it asks the processor first.
+one file serves every Python, and torch from the release in TORCH_TARGET on. Every .cpp below csrc/
+goes into it, and every .cu where nvcc and a CUDA build of torch are there. A file named *.simd.cpp
+is compiled once for each of LEVELS; csrc/simd/dispatch.h chooses one at run time.
 
 An install never fails for want of a compiler: it says why in one sentence, leaves that sentence in
 `lemma_fast/_C.missing.txt` and goes on without the extension. `python setup.py library` does fail;
@@ -34,17 +34,20 @@ FOLDERS = {
     "lemma_fast.training": "training",
 }
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cpp"))
-CUDA_SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cu"))
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.cpp"))
+CUDA_SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.cu"))
 OBJECTS = ROOT / "build" / "csrc"
 LIBRARY, MISSING = "_C.abi3.so", "_C.missing.txt"
 
 TORCH_TARGET = "0x020b000000000000"
-CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+CXX_FLAGS = ["-O3", "-Wall", "-Wextra", "-Wno-psabi"]
+# What the sources rely on comes after the flags of the environment, of which the last one counts.
+NEEDED_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-fast-math"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-INSTRUCTIONS = {
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+LEVELS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
 }
 ARCHITECTURES = "8.0;9.0a;12.0+PTX"
 # The first that knows pyproject.toml's license expression; pyproject.toml asks for it too.
@@ -133,12 +136,23 @@ def architecture_flags() -> list[str]:
     return flags
 
 
+def object_file(source: str, level: str = "") -> str:
+    """Name what is compiled from a source, for a level of instructions where it has some."""
+    name = Path(source).relative_to("csrc").as_posix().replace("/", "_")
+    return str(OBJECTS / ".".join(filter(None, [name, level, "o"])))
+
+
 def plan(with_cuda: bool) -> list[Step]:
     """Lay out the compilations and, last, the linking."""
     torch, version = torch_folder()
     cxx = shlex.split(compiler())
-    flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *NEEDED_FLAGS]
+    include = [
+        "-Icsrc",
+        "-isystem",
+        str(torch / "include"),
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+    ]
     info = {"torch": version["__version__"], "flags": shlex.join(flags), "cuda": None}
     link = ["-shared", f"-L{torch / 'lib'}"]
     steps, runtime = [], []
@@ -148,19 +162,20 @@ def plan(with_cuda: bool) -> list[Step]:
         runtime = cuda_runtime(cuda)
         include.append("-DLEMMA_FAST_CUDA")
         for source in CUDA_SOURCES:
-            output = str(OBJECTS / f"{Path(source).name}.o")
-            command = [cuda, *NVCC_FLAGS, f"-ccbin={cxx[0]}", *architecture_flags()]
+            output = object_file(source)
+            command = [cuda, *NVCC_FLAGS, "-Icsrc", f"-ccbin={cxx[0]}", *architecture_flags()]
             command += ["-MD", "-MF", f"{output}.d", "-c", source, "-o", output]
             steps.append(Step(output, [source], command))
     about = f"-DLEMMA_FAST_BUILD_INFO={json.dumps(json.dumps(info))}"
     intel = platform.machine().lower() in ("x86_64", "amd64")
     for source in SOURCES:
-        output = str(OBJECTS / f"{Path(source).name}.o")
-        level = "_" + Path(source).stem.rpartition("_")[2]
-        special = INSTRUCTIONS.get(level, []) if intel else []
-        special = [*special, about] if Path(source).stem == "library" else special
-        command = [*cxx, *flags, *special, *include, "-MMD", "-MF", f"{output}.d"]
-        steps.append(Step(output, [source], [*command, "-c", source, "-o", output]))
+        levels = list(LEVELS if intel else ["baseline"]) if source.endswith(".simd.cpp") else [""]
+        for level in levels:
+            output = object_file(source, level)
+            special = [*LEVELS[level], f"-DSIMD_LEVEL={level}"] if level else []
+            special = [*special, about] if Path(source).stem == "library" else special
+            command = [*cxx, *flags, *special, *include, "-MMD", "-MF", f"{output}.d"]
+            steps.append(Step(output, [source], [*command, "-c", source, "-o", output]))
     target = str(OBJECTS / LIBRARY)
     # A CUDA build of torch keeps its half in a library that only -ltorch, unused itself, loads.
     link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]

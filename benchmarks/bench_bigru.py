@@ -7,7 +7,15 @@ sequences that lie ready: what no caller with a map can have.
 import pytest
 import torch
 from memory import kept_bytes
-from op_timing import BATCHES, DIRECTIONS, IMPLEMENTATIONS, MARKS, time_operation
+from op_timing import (
+    BATCHES,
+    DIRECTIONS,
+    IMPLEMENTATIONS,
+    MARKS,
+    keep,
+    time_operation,
+    time_replays,
+)
 
 from lemma_fast.ops import fused, reference
 from lemma_fast.ops.weights import BiGRUWeights
@@ -47,4 +55,5 @@ def bench_bigru_cudnn(benchmark, dtype, axis, N):
     length, lines = (H, W) if axis == 2 else (W, H)
     sequences = torch.randn(N * lines, length, C, device="cuda", dtype=dtype)
     with torch.no_grad():
-        benchmark.pedantic(gru, (sequences,), rounds=20, iterations=50, warmup_rounds=3)
+        time_replays(benchmark, lambda: gru(sequences))
+    keep(benchmark)

@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from lemma_fast import LEMMA, LemmaConfig
-from lemma_fast.bench.stages import TRAINABLE, Training
 from lemma_fast.bench.timing import device_name
+from lemma_fast.bench.training import TRAINABLE, Training
 from lemma_fast.bench.variants import (
-    SAME_LENGTHS,
-    TOLERANCE,
     VARIANTS,
     Unavailable,
     Variants,
@@ -22,6 +20,7 @@ from lemma_fast.bench.variants import (
     crops,
     default_plan,
     deviation,
+    judged,
     precision,
 )
 
@@ -59,14 +58,13 @@ def bench_model(benchmark, built, N, kind, variant):
         except Unavailable as reason:
             pytest.skip(str(reason))
         sr, own_lengths = forward(lr)
-        far = deviation(sr, expected)
-        if variant != "reference":
-            assert far <= max(TOLERANCE[kind], 2 * strayed)
-            same = (own_lengths == lengths).double().mean().item()
-            assert same >= SAME_LENGTHS[kind]
+        row = {"status": "timed", "deviation": deviation(sr, expected)}
+        row["same_lengths"] = (own_lengths == lengths).double().mean().item()
+        # One that differs is timed all the same, and says so.
+        row |= {} if variant.startswith("reference") else judged(row, kind, strayed)
         benchmark.pedantic(forward, (lr,), rounds=10, iterations=1, warmup_rounds=2)
     benchmark.extra_info.update(
-        work.of(N, kind, DEVICE), deviation=far, batch=N, device=device_name(DEVICE)
+        work.of(N, kind, DEVICE), **row, batch=N, device=device_name(DEVICE)
     )
 
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory import kept_bytes
-from op_timing import BATCHES, DIRECTIONS, IMPLEMENTATIONS, MARKS, time_operation
+from op_timing import (
+    BATCHES,
+    DIRECTIONS,
+    IMPLEMENTATIONS,
+    MARKS,
+    keep,
+    time_operation,
+    time_replays,
+)
 from torch import Tensor
 
 from lemma_fast.ops import fused, reference
@@ -76,4 +84,5 @@ def bench_sparse_cross_attention_sdpa(benchmark, dtype, N):
         for _ in range(LAYERS):
             F.scaled_dot_product_attention(image, text, text)
 
-    benchmark.pedantic(attend, rounds=20, iterations=50, warmup_rounds=3)
+    time_replays(benchmark, attend)
+    keep(benchmark)

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
+def tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among arguments, those in lists and tuples too."""
     flat: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             flat.append(value)
         elif isinstance(value, (list, tuple)):
-            flat += _tensors(value)
+            flat += tensors(value)
     return flat
 
 
@@ -29,7 +30,7 @@ def kept_bytes(function: Callable[..., Tensor], arguments: Sequence[Any]) -> int
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         # Held until all is counted, or a storage's address could come back as another's.
         out = function(*arguments)
-    for given in _tensors(arguments):
+    for given in tensors(arguments):
         kept.pop(given.untyped_storage().data_ptr(), None)
     del out
     return sum(kept.values())

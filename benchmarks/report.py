@@ -1,12 +1,16 @@
-"""README's tables and the plots, from the JSON files in benchmarks/results/ alone.
+"""The tables of README and docs/, and the plots, from the JSON files in benchmarks/results/ alone.
 
-    python benchmarks/report.py            writes between README's markers, and the plots
-    python benchmarks/report.py --check    says whether README is what would be written
+    python benchmarks/report.py            writes between the pages' markers, and the plots
+    python benchmarks/report.py --check    says whether the pages are what would be written
 
-A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`; names are model, stages,
-training, ops, golden and evaluation. Files: what `lemma-fast bench -o`, pytest-benchmark's
---benchmark-json and `lemma-fast evaluate -o` write, and {"kind": "golden", "columns": [...],
-"rows": [[...]]} for deviations from the goldens.
+    python benchmarks/report.py --show FILE   prints all tables of one file, whole or cut short
+
+A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`; names are the keys of
+TABLES. Files: what `lemma-fast bench -o`, pytest-benchmark's --benchmark-json and `lemma-fast
+evaluate -o` write, the JSON lines of gpu_suite.py (also of a run that was killed: what is missing
+is left out), and {"kind": "golden", "columns": [...], "rows": [[...]]} for deviations from the
+goldens. Numbers of a tree with uncommitted changes stay out of the pages. A row whose result
+differs from the reference's by more than is allowed has a "!".
 """
 
 from __future__ import annotations
@@ -19,11 +23,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from suite.summary import gather
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- benchmark:([a-z]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 #: The batch size of the operations' table; the largest where a file has no such one.
 OPS_BATCH = 64
+#: So many kernels of a profile.
+KERNELS = 25
+NOTHING = "Not measured yet."
 _ENDS = ("mean", "low", "high")
 
 Content = dict[str, Any]
@@ -31,10 +40,17 @@ Content = dict[str, Any]
 
 def read(folder: Path) -> dict[str, Content]:
     """The JSON files of a folder by their stems, in order; suites' summaries are none of ours."""
-    files = {
-        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
-    }
+    paths = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
+    files = {path.stem: read_file(path) for path in paths}
     return {stem: content for stem, content in files.items() if kind(content) != "other"}
+
+
+def read_file(path: Path) -> Content:
+    """One file of results; the lines of a suite by their kinds."""
+    if path.suffix != ".jsonl":
+        content: Content = json.loads(path.read_text("utf-8"))
+        return content
+    return gather(path)
 
 
 def kind(content: Content) -> str:
@@ -44,7 +60,7 @@ def kind(content: Content) -> str:
     if "benchmarks" in content and "machine_info" in content:
         return "ops"
     found = str(content.get("kind", "other"))
-    return found if found in ("model", "golden") else "other"
+    return found if found in ("model", "golden", "records") else "other"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -56,16 +72,17 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def caption(about: Content) -> str:
     """What the numbers were measured with."""
-    versions = about["versions"]
-    parts = [about["device"]]
-    if about["device_type"] == "cuda":
+    versions = about.get("versions", {})
+    parts = [about.get("device", "unknown machine")]
+    if about.get("device_type") == "cuda":
         parts.append(f"driver {about['driver']}, CUDA {about['cuda']}")
     else:
-        parts.append(f"{about['threads']} threads" if about["threads"] > 1 else "1 thread")
+        threads = about.get("threads") or 1
+        parts.append(f"{threads} threads" if threads > 1 else "1 thread")
     names = {"torch": "PyTorch", "triton": "Triton", "onnxruntime": "ONNX Runtime"}
     names["openvino"] = "OpenVINO"
     parts += [f"{shown} {versions[name]}" for name, shown in names.items() if versions.get(name)]
-    parts.append(f"{about['date'][:10]}, commit {short(about.get('commit'))}")
+    parts.append(f"{about.get('date', 'unknown date')[:10]}, commit {short(about.get('commit'))}")
     return "; ".join(parts) + "."
 
 
@@ -93,7 +110,7 @@ def model_table(content: Content) -> str:
     batches = sorted({row["batch"] for row in content["rows"]})
     lines: dict[tuple[str, str, str], dict[int, Content]] = {}
     for row in content["rows"]:
-        key = row["model"], row["variant"], row["precision"]
+        key = row["model"], _variant(row), row["precision"]
         lines.setdefault(key, {})[row["batch"]] = row
     head = ["network, variant, precision", *(f"batch {batch}" for batch in batches), "off by"]
     shown = []
@@ -107,6 +124,15 @@ def model_table(content: Content) -> str:
     return table(head, shown)
 
 
+def _variant(row: Content) -> str:
+    """A variant as tables name it, with the mode of torch.compile where the row says it."""
+    mode = row.get("compile_mode")
+    if mode is None:
+        return str(row["variant"])
+    limits = "".join(f", {value}" for value in row.get("limits", {}).values())
+    return f"{row['variant']} ({mode}{limits})"
+
+
 def timing(row: Content | None) -> str:
     """Median and ratio of a row, or why there is none."""
     if row is None:
@@ -114,7 +140,8 @@ def timing(row: Content | None) -> str:
     if "seconds" not in row:
         return str(row["status"])
     ratio = f" ({figures(row['ratio']['median'])}x)" if "ratio" in row else ""
-    return duration(row["seconds"]["median"]) + ratio
+    mark = " !" if row.get("status") == "differs" or row.get("differs") else ""
+    return duration(row["seconds"]["median"]) + ratio + mark
 
 
 def stage_table(content: Content) -> str:
@@ -141,15 +168,16 @@ def training_table(content: Content) -> str:
         if row["status"] == "unavailable":
             continue
         peak = row.get("peak_bytes")
-        name = f"{row['model']}, {row['variant']}, {row['precision']}, batch {row['batch']}"
+        name = f"{row['model']}, {_variant(row)}, {row['precision']}, batch {row['batch']}"
         memory = f"{figures(peak / 2**30)} GiB" if peak is not None else ""
-        lines.append([name, timing(row), memory])
-    return table(["network, variant, precision", "a step", "memory"], lines)
+        off = f"{row['deviation']:.0e}" if row.get("deviation") else ""
+        lines.append([name, timing(row), memory, off])
+    return table(["network, variant, precision", "a step", "memory", "off by"], lines)
 
 
 def ops_table(content: Content) -> str:
-    """Operations by implementation at one batch size, and how many floors ours takes."""
-    cases: dict[str, dict[int, dict[str, Content]]] = {}
+    """Operations by implementation at each batch size, and how many floors ours takes."""
+    cases: dict[tuple[int, str], dict[str, Content]] = {}
     for entry in content["benchmarks"]:
         params = dict(entry["params"] or {})
         way, batch = params.get("implementation"), int(params.get("N", 0))
@@ -160,29 +188,79 @@ def ops_table(content: Content) -> str:
         found = re.search(r"\[(.*)\]", entry["name"])
         words = [word.removeprefix("torch.") for word in found[1].split("-")] if found else []
         words = [word for word in words if word not in (way, str(batch))]
-        cases.setdefault(f"{operation} {' '.join(words)}", {}).setdefault(batch, {})[way] = entry
+        cases.setdefault((batch, f"{operation} {' '.join(words)}"), {})[way] = entry
+    # A file of all sizes shows one; a suite's, which has two, shows both.
+    wanted = {OPS_BATCH if any(b == OPS_BATCH for b, _ in cases) else max(b for b, _ in cases)}
+    wanted |= {batch for batch, _ in cases} if kind(content) == "records" else set()
     lines = []
-    for name, batches in cases.items():
-        batch = OPS_BATCH if OPS_BATCH in batches else max(batches)
-        times = {way: entry["stats"]["median"] for way, entry in batches[batch].items()}
+    for (batch, name), ways in sorted(cases.items(), key=lambda item: -item[0][0]):
+        if batch not in wanted:
+            continue
+        times = {way: entry["stats"]["median"] for way, entry in ways.items()}
         base = times.get("reference", times.get("torch"))
-        own = next((way for way in ("fused", "native") if way in times), None)
-        floors = batches[batch][own].get("extra_info", {}).get("floors") if own else None
+        own = next((way for way in ("fused", "cpp", "native") if way in times), None)
+        about = ways[own].get("extra_info", {}) if own else {}
         cells = [base, times.get("compiled"), times[own] if own else None]
         against = [
             figures(cell / cells[2]) + "x" if cell and cells[2] else "" for cell in cells[:2]
         ]
         shown = [duration(cell) if cell else "" for cell in cells]
-        lines.append(
-            [f"{name}, batch {batch}", *shown, *against, figures(floors) if floors else ""]
-        )
+        shown[2] += " !" if about.get("differs") else ""
+        floors = figures(about["floors"]) if "floors" in about else ""
+        lines.append([f"{name}, batch {batch}", *shown, *against, floors])
     head = ["operation", "reference", "compiled", "ours", "to reference", "to compiled", "floors"]
     return table(head, lines)
+
+
+def kernel_table(content: Content) -> str:
+    """Where a call's time goes on the device: the kernels of each profile, by time."""
+    parts = []
+    for row in content["profile"]:
+        whole = row["kernel_seconds"]
+        head = [f"{row['model']}, batch {row['batch']}, {row['precision']}", "calls", "time", ""]
+        lines = [
+            [short_kernel(k["kernel"]), str(k["calls"]), duration(k["seconds"]),
+             f"{k['seconds'] / whole:.0%}"]
+            for k in row["kernels"][:KERNELS]
+        ]  # fmt: skip
+        lines.append(["in all", str(row["launches"]), duration(whole), ""])
+        parts.append(table(head, lines))
+    return "\n\n".join(parts)
+
+
+def short_kernel(name: str) -> str:
+    """A kernel's name without what templates add to it."""
+    return name.replace("void ", "").partition("<")[0].replace("|", "/")[:60]
+
+
+def suite_table(content: Content) -> str:
+    """How each step of a suite went, and the tests that failed."""
+    tests = content.get("tests", [])
+    lines = [
+        [step["name"], step["status"], f"{step['seconds']:.0f} s" if "seconds" in step else ""]
+        for step in content["steps"]
+    ]
+    for tool in content.get("tools", []):
+        counted = f"{tool['errors']} errors" if "errors" in tool else tool.get("reason", "")
+        lines.append([tool["name"], tool["status"], counted])
+    for outcome in ("passed", "failed", "skipped"):
+        count = sum(test["outcome"] == outcome for test in tests)
+        lines += [[f"tests {outcome}", str(count), ""]] if count else []
+    failures = [test["name"] for test in tests if test["outcome"] == "failed"]
+    errors = [f"{error['name']}: {error['reason']}" for error in content.get("errors", [])]
+    said = "".join(f"\n- {line}" for line in (*failures, *errors))
+    return table(["step", "", ""], lines) + (f"\n{said}" if said else "")
 
 
 def golden_table(content: Content) -> str:
     """Deviations from the published network's numbers, as the file has them."""
     return table(content["columns"], content["rows"])
+
+
+def results_table(content: Content) -> str:
+    """The evaluation table of all sets together."""
+    parts = ("results", "gain_over_bicubic")
+    return evaluation_table({part: {"all": content[part]["average"]} for part in parts})
 
 
 def evaluation_table(content: Content) -> str:
@@ -214,8 +292,11 @@ TABLES: dict[str, tuple[str, str, Callable[[Content], str]]] = {
     "stages": ("model", "stages", stage_table),
     "training": ("model", "training", training_table),
     "ops": ("ops", "benchmarks", ops_table),
+    "kernels": ("records", "profile", kernel_table),
+    "suite": ("records", "steps", suite_table),
     "golden": ("golden", "rows", golden_table),
     "evaluation": ("evaluation", "results", evaluation_table),
+    "results": ("evaluation", "results", results_table),
 }
 
 
@@ -224,7 +305,9 @@ def section(name: str, results: dict[str, Content]) -> str:
     wanted, part, make = TABLES[name]
     parts = []
     for content in results.values():
-        if kind(content) != wanted or not content.get(part):
+        # A suite's file has what those of a model and of operations have.
+        kinds = (wanted, "records") if wanted in ("model", "ops") else (wanted,)
+        if kind(content) not in kinds or not content.get(part):
             continue
         parts.append(make(content))
         if "environment" in content:
@@ -235,11 +318,21 @@ def section(name: str, results: dict[str, Content]) -> str:
                 (d for e in content["benchmarks"] if (d := e["extra_info"].get("device"))), ""
             )
             parts.append(f"{device}; {when}, commit {short(info.get('id'))}.")
-    return "\n\n".join(parts) if parts else "Not measured yet."
+    return "\n\n".join(parts) if parts else NOTHING
 
 
 def rewritten(text: str, results: dict[str, Content]) -> str:
-    """`text` with every marked section written anew; ValueError for a name that is none."""
+    """`text` with every marked section written anew; ValueError for a name that is none.
+
+    Raises ValueError for numbers of a tree with uncommitted changes too.
+    """
+    for stem, content in results.items():
+        commit = content.get("environment", {}).get("commit") or ""
+        if commit.endswith("+"):
+            raise ValueError(
+                f"{stem} was measured on a tree with uncommitted changes (commit {short(commit)}): "
+                "measure again from a clean one"
+            )
 
     def fill(found: re.Match[str]) -> str:
         if found[2] not in TABLES:
@@ -260,7 +353,7 @@ def plot(content: Content, path: Path) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in content["rows"]:
         if "seconds" in row:
-            name = f"{row['model']}, {row['variant']}, {row['precision']}"
+            name = f"{row['model']}, {_variant(row)}, {row['precision']}"
             point = row["batch"], row["batch"] / row["seconds"]["median"]
             lines.setdefault(name, []).append(point)
     for name, points in lines.items():
@@ -287,24 +380,39 @@ def plot(content: Content, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write or check; 1 where README is not what the results make it."""
+    """Write or check; 1 where a page is not what the results make it."""
     parser = argparse.ArgumentParser(description="Tables and plots from benchmarks/results/.")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--show", type=Path, help="a file: print its tables and write nothing")
     given = parser.parse_args(arguments)
+    if given.show is not None:
+        content = {given.show.stem: read_file(given.show)}
+        for name in TABLES:
+            text = section(name, content)
+            if text != NOTHING:
+                print(f"## {name}\n\n{text}\n")
+        return 0
     results = read(given.results)
-    before = given.readme.read_text("utf-8")
-    after = rewritten(before, results)
+    before = {page: page.read_text("utf-8") for page in given.pages}
+    try:
+        after = {page: rewritten(text, results) for page, text in before.items()}
+    except ValueError as error:
+        print(error)
+        return 1
+    old = [page for page in before if before[page] != after[page]]
     if given.check:
-        if before != after:
-            print(f"{given.readme} is not what {given.results} makes it: run {Path(__file__).name}")
-        return int(before != after)
-    given.readme.write_text(after, "utf-8")
+        for page in old:
+            print(f"{page} is not what {given.results} makes it: run {Path(__file__).name}")
+        return int(bool(old))
+    for page in old:
+        page.write_text(after[page], "utf-8")
     if not given.no_plots:
         for stem, content in results.items():
-            if kind(content) == "model" and content["rows"]:
+            if kind(content) in ("model", "records") and content["rows"]:
                 plot(content, given.results / f"{stem}.png")
     return 0
 

@@ -3,11 +3,12 @@
     r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)        z likewise
     n = tanh(W_in x + b_in + r * (W_hn h + b_hn))     h' = (1 - z) n + z h
 
-A program owns BLOCK_S sequences and one direction, keeps both weight matrices on the chip and walks
-the steps; it reads and writes the maps by their strides, so nothing is permuted. Only the input and
-the output are kept for backward, which computes the gates again: one launch walks the steps back
-and leaves the gates' gradients, one turns them into the features' gradient, one into shares of the
-parameters' gradients, which are added in a fixed order.
+A program owns BLOCK_S sequences and one direction, keeps the weight matrices on the chip (those too
+large for that come from the cache at each step) and walks the steps; it reads and writes the maps
+by their strides, so nothing is permuted. Only the input and the output are kept for backward, which
+computes the gates again: one launch walks the steps back and leaves the gates' gradients, one turns
+them into the features' gradient, one into shares of the parameters' gradients, which are added in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemma_fast.ops.precision import products_allow_tf32
 from lemma_fast.ops.weights import BiGRUWeights
 
 # The launch table, chosen by compiled resources (no spills). Not run on a GPU, not tuned.
@@ -27,46 +29,68 @@ _WARPS = {2: 4, 4: 8}
 _BLOCK_P = {2: 32, 4: 16}
 _WARPS_SUMS = 4
 _SHARES = 64
+# Matrices up to this size are kept in shared memory, of which the smallest device has 99 KiB.
+_KEPT_BYTES = {2: 64 * 1024, 4: 72 * 1024}
 
 
 @triton.jit
-def _weights(ih, hh, bias_ih, bias_hh, C, H: tl.constexpr, BLOCK_C: tl.constexpr,
-             BLOCK_H: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Load one direction's parameters: matrices [inputs, BLOCK_H] by gate, then biases by gate."""
+def _matrix(pointer, gate, zero, INPUTS, H: tl.constexpr, BLOCK_IN: tl.constexpr,
+            BLOCK_H: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Load one gate's matrix as [INPUTS, H]."""
+    i = tl.arange(0, BLOCK_IN)[:, None] + zero
+    j = tl.arange(0, BLOCK_H)[None, :] + zero
+    inside = (i < INPUTS) & (j < H)
+    return tl.load(pointer + (gate * H + j) * INPUTS + i, mask=inside, other=0.0).to(DOT)
+
+
+@triton.jit
+def _matrices(ih, hh, C, H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+              DOT: tl.constexpr):  # fmt: skip
+    """Load one direction's matrices: for each gate the input's and the state's."""
+    w_ir = _matrix(ih, 0, 0, C, H, BLOCK_C, BLOCK_H, DOT)
+    w_hr = _matrix(hh, 0, 0, H, H, BLOCK_H, BLOCK_H, DOT)
+    w_iz = _matrix(ih, 1, 0, C, H, BLOCK_C, BLOCK_H, DOT)
+    w_hz = _matrix(hh, 1, 0, H, H, BLOCK_H, BLOCK_H, DOT)
+    w_in = _matrix(ih, 2, 0, C, H, BLOCK_C, BLOCK_H, DOT)
+    return w_ir, w_hr, w_iz, w_hz, w_in, _matrix(hh, 2, 0, H, H, BLOCK_H, BLOCK_H, DOT)
+
+
+@triton.jit
+def _biases(ih, hh, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load one direction's biases: of r, of z, and both of n."""
     j = tl.arange(0, BLOCK_H)[None, :]
-    c = tl.arange(0, BLOCK_C)[:, None]
-    k = tl.arange(0, BLOCK_H)[:, None]
     live = j < H
-    at = ih + j * C + c
-    inputs = live & (c < C)
-    w_ir = tl.load(at, mask=inputs, other=0.0).to(DOT)
-    w_iz = tl.load(at + H * C, mask=inputs, other=0.0).to(DOT)
-    w_in = tl.load(at + 2 * H * C, mask=inputs, other=0.0).to(DOT)
-    at = hh + j * H + k
-    states = live & (k < H)
-    w_hr = tl.load(at, mask=states, other=0.0).to(DOT)
-    w_hz = tl.load(at + H * H, mask=states, other=0.0).to(DOT)
-    w_hn = tl.load(at + 2 * H * H, mask=states, other=0.0).to(DOT)
-    b_ir = tl.load(bias_ih + j, mask=live, other=0.0).to(tl.float32)
-    b_iz = tl.load(bias_ih + H + j, mask=live, other=0.0).to(tl.float32)
-    b_in = tl.load(bias_ih + 2 * H + j, mask=live, other=0.0).to(tl.float32)
-    b_hr = tl.load(bias_hh + j, mask=live, other=0.0).to(tl.float32)
-    b_hz = tl.load(bias_hh + H + j, mask=live, other=0.0).to(tl.float32)
-    b_hn = tl.load(bias_hh + 2 * H + j, mask=live, other=0.0).to(tl.float32)
-    return w_ir, w_iz, w_in, w_hr, w_hz, w_hn, b_ir + b_hr, b_iz + b_hz, b_in, b_hn
+    r = tl.load(ih + j, mask=live, other=0.0).to(tl.float32)
+    r += tl.load(hh + j, mask=live, other=0.0).to(tl.float32)
+    z = tl.load(ih + H + j, mask=live, other=0.0).to(tl.float32)
+    z += tl.load(hh + H + j, mask=live, other=0.0).to(tl.float32)
+    n = tl.load(ih + 2 * H + j, mask=live, other=0.0).to(tl.float32)
+    return r, z, n, tl.load(hh + 2 * H + j, mask=live, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _gates(x, h, weights, PRECISION: tl.constexpr):
-    """Compute r, z, n and the recurrent part of n from `x` [S, C] and `h` [S, H]."""
-    w_ir, w_iz, w_in, w_hr, w_hz, w_hn, b_r, b_z, b_in, b_hn = weights
-    h = h.to(x.dtype)
-    r = tl.dot(x, w_ir, input_precision=PRECISION)
-    z = tl.dot(x, w_iz, input_precision=PRECISION)
-    n = tl.dot(x, w_in, input_precision=PRECISION)
-    r = tl.sigmoid(tl.dot(h, w_hr, r, input_precision=PRECISION) + b_r)
-    z = tl.sigmoid(tl.dot(h, w_hz, z, input_precision=PRECISION) + b_z)
-    recurrent = tl.dot(h, w_hn, input_precision=PRECISION) + b_hn
+def _gates(x, h, kept, ih, hh, biases, zero, C, H: tl.constexpr, BLOCK_C: tl.constexpr,
+           BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    """Compute r, z, n and the recurrent part of n from `x` [S, C] and `h` [S, H].
+
+    Without KEEP the matrices are read here; `zero` is unknown to the compiler, which would else
+    read them ahead of the loop.
+    """
+    DOT: tl.constexpr = x.dtype
+    b_r, b_z, b_in, b_hn = biases
+    h = h.to(DOT)
+    w = kept[0] if KEEP else _matrix(ih, 0, zero, C, H, BLOCK_C, BLOCK_H, DOT)
+    r = tl.dot(x, w, input_precision=PRECISION)
+    w = kept[1] if KEEP else _matrix(hh, 0, zero, H, H, BLOCK_H, BLOCK_H, DOT)
+    r = tl.sigmoid(tl.dot(h, w, r, input_precision=PRECISION) + b_r)
+    w = kept[2] if KEEP else _matrix(ih, 1, zero, C, H, BLOCK_C, BLOCK_H, DOT)
+    z = tl.dot(x, w, input_precision=PRECISION)
+    w = kept[3] if KEEP else _matrix(hh, 1, zero, H, H, BLOCK_H, BLOCK_H, DOT)
+    z = tl.sigmoid(tl.dot(h, w, z, input_precision=PRECISION) + b_z)
+    w = kept[4] if KEEP else _matrix(ih, 2, zero, C, H, BLOCK_C, BLOCK_H, DOT)
+    n = tl.dot(x, w, input_precision=PRECISION)
+    w = kept[5] if KEEP else _matrix(hh, 2, zero, H, H, BLOCK_H, BLOCK_H, DOT)
+    recurrent = tl.dot(h, w, input_precision=PRECISION) + b_hn
     # tanh by way of exp, which is all that every backend and the interpreter have.
     n = 2 * tl.sigmoid(2 * (n + b_in + r * recurrent)) - 1
     return r, z, n, recurrent
@@ -75,14 +99,15 @@ def _gates(x, h, weights, PRECISION: tl.constexpr):
 @triton.jit
 def _forward(features, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines, strides,
              out_strides, C, H: tl.constexpr, L: tl.constexpr, BLOCK_S: tl.constexpr,
-             BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+             KEEP: tl.constexpr):  # fmt: skip
     DOT: tl.constexpr = features.dtype.element_ty
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     reverse = tl.program_id(1)
-    if reverse == 0:
-        weights = _weights(ih0, hh0, bih0, bhh0, C, H, BLOCK_C, BLOCK_H, DOT)
-    else:
-        weights = _weights(ih1, hh1, bih1, bhh1, C, H, BLOCK_C, BLOCK_H, DOT)
+    if reverse == 1:
+        ih0, hh0, bih0, bhh0 = ih1, hh1, bih1, bhh1
+    biases = _biases(bih0, bhh0, H, BLOCK_H)
+    kept = _matrices(ih0, hh0, C, H, BLOCK_C, BLOCK_H, DOT) if KEEP else None
     c = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
     j = tl.arange(0, BLOCK_H)[None, :].to(tl.int64)
     n, line = (s // lines)[:, None].to(tl.int64), (s % lines)[:, None].to(tl.int64)
@@ -99,7 +124,8 @@ def _forward(features, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines
         # The next input is asked for before this one is used.
         more = (s < tl.where(t == last, 0, S))[:, None] & (c < C)
         x_next = tl.load(source + (t + step) * strides[3], mask=more, other=0.0).to(DOT)
-        _, z, candidate, _ = _gates(x, h, weights, PRECISION)
+        _, z, candidate, _ = _gates(x, h, kept, ih0, hh0, biases, i // (L + S), C, H, BLOCK_C,
+                                    BLOCK_H, PRECISION, KEEP)  # fmt: skip
         h = (1 - z) * candidate + z * h
         tl.store(target + t * out_strides[3], h, mask=inside & (j < H))
         x = x_next
@@ -109,15 +135,15 @@ def _forward(features, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines
 def _backward(features, out, grad_out, gates, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines,
               strides, out_strides, grad_strides, gates_strides, C, H: tl.constexpr,
               L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
+              PRECISION: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
     """Walk the steps backwards; store the gradients before the gates' nonlinearities."""
     DOT: tl.constexpr = features.dtype.element_ty
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     reverse = tl.program_id(1)
-    if reverse == 0:
-        weights = _weights(ih0, hh0, bih0, bhh0, C, H, BLOCK_C, BLOCK_H, DOT)
-    else:
-        weights = _weights(ih1, hh1, bih1, bhh1, C, H, BLOCK_C, BLOCK_H, DOT)
+    if reverse == 1:
+        ih0, hh0, bih0, bhh0 = ih1, hh1, bih1, bhh1
+    biases = _biases(bih0, bhh0, H, BLOCK_H)
+    kept = _matrices(ih0, hh0, C, H, BLOCK_C, BLOCK_H, DOT) if KEEP else None
     c = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
     j = tl.arange(0, BLOCK_H)[None, :].to(tl.int64)
     n, line = (s // lines)[:, None].to(tl.int64), (s % lines)[:, None].to(tl.int64)
@@ -131,7 +157,7 @@ def _backward(features, out, grad_out, gates, ih0, hh0, bih0, bhh0, ih1, hh1, bi
     first = (L - 1) * reverse
     step = 1 - 2 * reverse
     k = tl.arange(0, BLOCK_H)[:, None]
-    recurrent_weights = (hh1 if reverse else hh0) + k * H + j
+    recurrent_weights = hh0 + k * H + j
     matrix = (k < H) & (j < H)
     d_h = tl.zeros([BLOCK_S, BLOCK_H], tl.float32)
     for i in tl.range(L, num_stages=1):
@@ -140,7 +166,8 @@ def _backward(features, out, grad_out, gates, ih0, hh0, bih0, bhh0, ih1, hh1, bi
         later = (s < tl.where(t == first, 0, S))[:, None] & (j < H)
         h = tl.load(state + (t - step) * out_strides[3], mask=later, other=0.0).to(DOT)
         d_h += tl.load(above + t * grad_strides[3], mask=live, other=0.0).to(tl.float32)
-        r, z, candidate, recurrent = _gates(x, h, weights, PRECISION)
+        r, z, candidate, recurrent = _gates(x, h, kept, ih0, hh0, biases, i // (L + S), C, H,
+                                            BLOCK_C, BLOCK_H, PRECISION, KEEP)  # fmt: skip
         # `n` is a sum of two products and has a gradient for each.
         g_in = d_h * (1 - z) * (1 - candidate * candidate)
         g_hn = g_in * r
@@ -246,11 +273,12 @@ def _sums(features, out, gates, shares, positions, height, width, strides, out_s
 @torch.library.custom_op("lemma_fast::bigru", mutates_args=())
 def _bigru(features: Tensor, axis: int, weights: list[Tensor]) -> Tensor:
     out = _empty_map(features, 2 * weights[1].shape[1])
-    S, sizes, blocks = _sizes(features, axis, weights)
+    S, sizes, blocks, keep = _sizes(features, axis, weights)
+    weights = [weight.contiguous() for weight in weights]
     with torch.cuda.device_of(features):
         _forward[triton.cdiv(S, _BLOCK_S), 2](
-            features, out, *_contiguous(weights), S, features.shape[5 - axis],
-            _strides(features, axis), _strides(out, axis), *sizes, *blocks,
+            features, out, *weights, S, features.shape[5 - axis],
+            _strides(features, axis), _strides(out, axis), *sizes, *blocks, keep,
             num_warps=_WARPS[features.itemsize],
         )  # fmt: skip
     return out
@@ -266,30 +294,28 @@ def _bigru_backward(
     grad_out: Tensor, features: Tensor, out: Tensor, axis: int, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the features' gradient and both directions' parameters' [2, 3 * H * (C + H + 2)]."""
-    S, (C, H, L), blocks = _sizes(features, axis, weights)
+    S, (C, H, L), blocks, keep = _sizes(features, axis, weights)
     N, _, height, width = features.shape
-    weights = _contiguous(weights)
+    weights = [weight.contiguous() for weight in weights]
     gates = features.new_empty(2, N, height, width, 4 * H)
     gates_strides = (gates.stride(0), gates.stride(1), gates.stride(5 - axis), gates.stride(axis))
+    block_p = _BLOCK_P[features.itemsize]
+    tiles = triton.cdiv(S * L, block_p)
+    # A power of two, so that few batch sizes need a compilation of their own.
+    walked = triton.next_power_of_2(max(1, triton.cdiv(tiles, _SHARES)))
+    programs = triton.cdiv(tiles, walked)
+    grad_features = _empty_map(features, C)
+    shares = features.new_empty(2, programs, 3 * H * (C + H + 2), dtype=torch.float32)
     with torch.cuda.device_of(features):
         _backward[triton.cdiv(S, _BLOCK_S), 2](
             features, out, grad_out, gates, *weights, S, features.shape[5 - axis],
             _strides(features, axis), _strides(out, axis), _strides(grad_out, axis), gates_strides,
-            C, H, L, *blocks, num_warps=_WARPS[features.itemsize],
+            C, H, L, *blocks, keep, num_warps=_WARPS[features.itemsize],
         )  # fmt: skip
-    block_p = _BLOCK_P[features.itemsize]
-    tiles = triton.cdiv(S * L, block_p)
-    grad_features = _empty_map(features, C)
-    with torch.cuda.device_of(features):
         _inputs[(tiles,)](
             gates, grad_features, weights[0], weights[4], S * L, height, width,
             grad_features.stride(), C, H, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
         )  # fmt: skip
-    # A power of two, so that few batch sizes need a compilation of their own.
-    walked = triton.next_power_of_2(max(1, triton.cdiv(tiles, _SHARES)))
-    programs = triton.cdiv(tiles, walked)
-    shares = features.new_empty(2, programs, 3 * H * (C + H + 2), dtype=torch.float32)
-    with torch.cuda.device_of(features):
         _sums[programs, 6](
             features, out, gates, shares, S * L, height, width, features.stride(), out.stride(),
             C, axis, H, walked, block_p, *blocks[1:], num_warps=_WARPS_SUMS,
@@ -332,10 +358,12 @@ _bigru.register_autograd(_gradients, setup_context=_setup_context)
 def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
     """Run `ops.reference.bigru`'s recurrence; the result is laid out in memory as `features` is.
 
-    `features` [N, C, H, W] in fp32, fp16 or bf16 with any strides, C up to 128; hidden up to 64;
-    any length. Parameters may be of another type. State and sums are fp32; products of fp32 maps
-    are of full precision unless `torch.set_float32_matmul_precision` allows less. Deterministic.
-    Under CUDA autocast the features are cast, as cuDNN's are. Raises ValueError otherwise.
+    `features` [N, C, H, W] in fp32, fp16 or bf16 with any strides; any length. C up to 128 and
+    hidden up to 64, which fit the 99 KiB of shared memory of the smallest device (sm_120); near
+    these, and in fp32 beyond 64 and 32, registers spill: right, but slow. Parameters may be of
+    another type. State and sums are fp32; products of fp32 maps are of full precision unless
+    `torch.backends.cuda.matmul` allows TF32. Deterministic. Under CUDA autocast the features
+    are cast, as cuDNN's are. Raises ValueError otherwise.
     """
     if axis not in (2, 3):
         raise ValueError(f"axis is {axis}; 2 runs along the height, 3 along the width")
@@ -345,7 +373,10 @@ def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
     if features.dim() != 4 or features.shape[1] != C:
         raise ValueError(f"features are {[*features.shape]}, the weights take [N, {C}, H, W]")
     if C > 128 or hidden > 64:
-        raise ValueError(f"C = {C}, hidden = {hidden}: the fused GRU takes up to 128 and 64")
+        raise ValueError(
+            f"C = {C}, hidden = {hidden}: the fused GRU takes up to 128 and 64 in {features.dtype} "
+            "(more do not fit a device's registers and shared memory); use ops.reference"
+        )
     if features.is_cuda and torch.is_autocast_enabled("cuda"):
         features = features.to(torch.get_autocast_dtype("cuda"))
     return _bigru(features, axis, list(weights))
@@ -367,15 +398,17 @@ def _strides(x: Tensor, axis: int) -> tuple[int, int, int, int]:
 
 def _sizes(
     features: Tensor, axis: int, weights: list[Tensor]
-) -> tuple[int, tuple[int, int, int], tuple[int, int, int, str]]:
-    """Return the number of sequences; C, H and L; the blocks and the products' precision."""
+) -> tuple[int, tuple[int, int, int], tuple[int, int, int, str], bool]:
+    """Return the number of sequences; C, H and L; blocks and the products' precision; KEEP."""
     N, C = features.shape[:2]
     H = weights[1].shape[1]
-    exact = torch.get_float32_matmul_precision() == "highest"
     block_c, block_h = (max(16, triton.next_power_of_2(size)) for size in (C, H))
+    exact = not products_allow_tf32()
     blocks = (_BLOCK_S, block_c, block_h, "tf32x3" if exact else "tf32")
-    return N * features.shape[5 - axis], (C, H, features.shape[axis]), blocks
-
-
-def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
+    # Of full fp32 two TF32 parts are kept.
+    parts = 2 if exact and features.itemsize == 4 else 1
+    keep = (
+        3 * (block_c + block_h) * block_h * features.itemsize * parts
+        <= _KEPT_BYTES[features.itemsize]
+    )
+    return N * features.shape[5 - axis], (C, H, features.shape[axis]), blocks, keep

@@ -44,7 +44,7 @@ def launch(
 
 
 def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lay weights [D, C, 3, 3] out as [3, 3, C, D]."""
+    """Lay weights [D, C, 3, 3] out as [3, 3, C, D]; no copy where they lie so already."""
     return weight.permute(2, 3, 1, 0).to(dtype).contiguous()
 
 
@@ -177,16 +177,18 @@ def gather_region_backward(
     with torch.cuda.device_of(grad):
         _invert[N, triton.cdiv(K + P + 1, 64)](index, index.stride(), order, starts, K, P, BLOCK=64)
         grid, blocks = launch(N, P, C, D, grad.dtype)
+        # Given the choice, ptxas of Triton 3.7 spills these two on sm_120 for one more block.
+        of_features, of_weight = (255, None) if grad.itemsize == 2 else (None, 255)
         _features_backward[grid](
-            grad, grad.stride(), order, starts, packed(weight, grad.dtype),
-            grad_features, grad_features.stride(), C, D, H, W, K, **blocks,
+            grad, grad.stride(), order, starts, packed(weight, grad.dtype), grad_features,
+            grad_features.stride(), C, D, H, W, K, **blocks, maxnreg=of_features,
         )  # fmt: skip
         _, blocks = launch(N, K, D, C, grad.dtype)
         blocks |= {"BLOCK_ROW": 32, "BLOCK_IN": min(32, blocks["BLOCK_IN"]), "num_warps": 4}
         grid = 9 * shares, triton.cdiv(D, blocks["BLOCK_OUT"]), triton.cdiv(C, blocks["BLOCK_IN"])
         _weight_backward[grid](
             grad, grad.stride(), features, features.stride(), index, index.stride(),
-            by_share, bias_by_share, C, D, H, W, K, N * K, _SHARE, **blocks,
+            by_share, bias_by_share, C, D, H, W, K, N * K, _SHARE, **blocks, maxnreg=of_weight,
         )  # fmt: skip
     grad_weight = by_share.sum(0).permute(2, 3, 0, 1).to(weight.dtype).contiguous()
     return grad_features, grad_weight, bias_by_share.sum(0).to(bias.dtype)

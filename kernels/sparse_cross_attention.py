@@ -26,8 +26,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-from lemma_fast.kernels.sparse_cross_attention_backward import Sizes, direction_gradients
+from lemma_fast.kernels.sparse_cross_attention_backward import Sizes, block, direction_gradients
 from lemma_fast.kernels.sparse_cross_attention_layer import (
     attend,
     dropout,
@@ -37,11 +38,11 @@ from lemma_fast.kernels.sparse_cross_attention_layer import (
     unselected,
     vector,
 )
-from lemma_fast.ops.weights import CrossAttentionWeights
+from lemma_fast.ops.weights import CrossAttentionWeights, PackedLayers
 
 
 @triton.jit
-def _forward(query, key, value, index, params, seed, out, query_strides, key_strides,
+def _forward(query, key, value, index, parameters, seed, out, query_strides, key_strides,
              value_strides, p, LAYERS: tl.constexpr, GIVEN: tl.constexpr, S: tl.constexpr,
              C: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr,
              SHARE: tl.constexpr, SITE: tl.constexpr, ZERO_ROW: tl.constexpr,
@@ -70,7 +71,7 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
             at = (layer * STATES * tl.num_programs(0) + n) * slots + tile * BLOCK_L
             tl.store(out + at * C + own, x, mask=(c < C)[None, :])
         site = SITE + 4 * layer
-        weight = params + layer * (4 * C * C + 2 * F * C + F + 9 * C)
+        weight = parameters + layer * (4 * C * C + 2 * F * C + F + 9 * C)
         bias = weight + 3 * C * C
         out_weight = bias + 3 * C
         y = tl.zeros([BLOCK_L, BLOCK_C], tl.float32) + vector(out_weight + C * C, C, BLOCK_C)
@@ -125,15 +126,15 @@ def _forward(query, key, value, index, params, seed, out, query_strides, key_str
 
 
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, params: Tensor, seed: Tensor | None,
-    out: Tensor, sizes: Sizes, p: float, states: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, parameters: Tensor,
+    seed: Tensor | None, out: Tensor, sizes: Sizes, p: float, states: int = 0,
 ) -> None:  # fmt: skip
     """Run one direction into `out`, or with `states` = 6 leave each layer's input there instead."""
     # The last layer's input is the end of the last layer but one.
     layers, *constants = sizes.constants()
     with torch.cuda.device_of(query):
         _forward[query.shape[0], sizes.tiles](
-            query, key, value, index, params, seed, out, query.stride(), key.stride(),
+            query, key, value, index, parameters, seed, out, query.stride(), key.stride(),
             value.stride(), p, layers - (states > 0), *constants, DROPOUT=p > 0, STATES=states,
             **sizes.launch(query.itemsize),
         )  # fmt: skip
@@ -145,8 +146,8 @@ def _directions(
     _, K, C = selected.shape
     T = text.shape[1]
 
-    def sizes(params: Tensor, rows: int, keys: int, positions: int) -> Sizes:
-        layers, count = params.shape
+    def sizes(parameters: Tensor, rows: int, keys: int, positions: int) -> Sizes:
+        layers, count = parameters.shape
         feedforward = (count - 4 * C * C - 9 * C) // (2 * C + 1)
         return Sizes(layers, rows, keys, C, feedforward, heads, positions)
 
@@ -192,12 +193,14 @@ def _sparse_cross_attention_backward(
     first, second = _directions(text, selected, to_text, to_image, grad_out.shape[2], heads)
 
     def gradients(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, params: Tensor, sizes: Sizes
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, parameters: Tensor, sizes: Sizes
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         narrow = query.new_empty(sizes.layers, 6, N * sizes.slots, C)
         if sizes.layers:
-            _run(query, key, value, index, params, seed, narrow, sizes, p, states=6)
-        return direction_gradients(grad, query, key, value, index, params, seed, narrow, sizes, p)
+            _run(query, key, value, index, parameters, seed, narrow, sizes, p, states=6)
+        return direction_gradients(
+            grad, query, key, value, index, parameters, seed, narrow, sizes, p
+        )
 
     grad_selected, grad_key, grad_text, grad_to_image = gradients(
         grad_out, selected, key, text, to_image, second
@@ -254,11 +257,13 @@ def sparse_cross_attention(
     """Run `ops.reference.sparse_cross_attention`; `text`, `selected` in one of fp32, fp16 and bf16.
 
     C up to 128, divided by up to 8 heads, feed-forward width up to 256; any N, T, K, H, W and
-    strides. Rows of `index` name distinct positions. Parameters may be of another type. Rows stay
-    in fp32 between products; products of fp32 rows are of full precision unless
-    `torch.set_float32_matmul_precision` allows less. `seed` is one int64 number on the device; with
-    dropout and without it, one is drawn there. Under autocast the rows are cast to its type, and
-    the result is of the reference's. Raises ValueError otherwise.
+    strides. Beyond C = 64 registers spill: right, but slow. Beyond C = 64 and a width of 128, fp32
+    rows with gradients take 128 KiB of shared memory, which sm_120 has not. Rows of `index` name
+    distinct positions. Parameters may be of another type. Rows stay in fp32 between products;
+    products of fp32 rows are of full precision unless `torch.backends.cuda.matmul` allows TF32.
+    `seed` is one int64 number on the device; with dropout and without it, one is drawn there.
+    Under autocast the rows are cast to its type, and the result is of the reference's. Raises
+    ValueError otherwise.
     """
     H, W = size
     _check(text, selected, index, H * W, (*image_to_text, *text_to_image), num_heads)
@@ -276,10 +281,33 @@ def sparse_cross_attention(
         seed = torch.randint(2**62, (), device=selected.device)
     rows = index.to(torch.int32).contiguous()
     to_text, to_image = (_packed(layers, selected) for layers in (image_to_text, text_to_image))
+    trained = any(x.requires_grad for x in (text, selected, to_text, to_image))
+    if selected.is_cuda and trained and torch.is_grad_enabled():
+        _check_backward(selected, (*image_to_text, *text_to_image))
     return _sparse_cross_attention(
         text, selected, rows, to_text, to_image, seed if dropout > 0 else None, H, W, num_heads,
         dropout, dtype,
     )[0]  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(device: int) -> int:
+    """What a block of a device may have, in bytes."""
+    properties: dict[str, int] = driver.active.utils.get_device_properties(device)
+    return properties["max_shared_mem"]
+
+
+def _check_backward(selected: Tensor, layers: Sequence[CrossAttentionWeights]) -> None:
+    """The backward kernel holds a matrix of the MLP in shared memory."""
+    C = selected.shape[2]
+    F = max(layer.linear1_weight.shape[0] for layer in layers)
+    needed, has = block(C) * block(F) * selected.itemsize, _shared_memory(selected.get_device())
+    if needed > has:
+        raise ValueError(
+            f"{C} channels with an MLP {F} wide in {selected.dtype} need {needed} bytes of shared "
+            f"memory for gradients, {selected.device} has {has}: take half types or use "
+            "ops.reference"
+        )
 
 
 def _packed(layers: Sequence[CrossAttentionWeights], rows: Tensor) -> Tensor:
@@ -287,6 +315,8 @@ def _packed(layers: Sequence[CrossAttentionWeights], rows: Tensor) -> Tensor:
     if not layers:
         C = rows.shape[2]
         return rows.new_empty(0, 4 * C * C + 9 * C)
+    if isinstance(layers, PackedLayers):
+        return layers.packed
     flat = torch.cat([weight.reshape(-1) for layer in layers for weight in layer])
     return flat.view(len(layers), -1)
 
@@ -306,10 +336,12 @@ def _check(
         raise ValueError(f"{K} rows are selected, the map has {positions} positions")
     if C > 128 or heads > 8 or C % heads:
         raise ValueError(
-            f"{C} channels, {heads} heads: up to 128 channels, divided by up to 8 heads"
+            f"{C} channels, {heads} heads: the fused attention takes up to 128 channels, divided "
+            f"by up to 8 heads, in {selected.dtype} (more do not fit a device); use ops.reference"
         )
     for layer in layers:
         if layer.linear1_weight.shape[0] > 256:
             raise ValueError(
-                f"the MLP is {layer.linear1_weight.shape[0]} wide, at most 256 will do"
+                f"the MLP is {layer.linear1_weight.shape[0]} wide: the fused attention takes up to "
+                f"256 in {selected.dtype} (more do not fit a device); use ops.reference"
             )

@@ -27,9 +27,11 @@ from lemma_fast.kernels.sparse_cross_attention_layer import (
     unselected,
     vector,
 )
+from lemma_fast.ops.precision import products_allow_tf32
 
 
-def _block(size: int) -> int:
+def block(size: int) -> int:
+    """The block that a kernel takes for an axis."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -69,14 +71,13 @@ class Sizes(NamedTuple):
         """Blocks, precision, warps and registers for rows of a type of that many bytes."""
         # Given the choice, ptxas spills a little of half types for one more block.
         keys, warps, registers = (16, 8, None) if itemsize == 4 else (32, 4, 255)
-        exact = torch.get_float32_matmul_precision() == "highest"
         return {
             "BLOCK_L": _BLOCK_L,
-            "BLOCK_S": min(keys, _block(self.keys)),
-            "BLOCK_C": _block(self.channels),
-            "BLOCK_D": _block(self.channels // self.heads),
-            "BLOCK_F": _block(self.feedforward),
-            "PRECISION": "tf32x3" if exact else "tf32",
+            "BLOCK_S": min(keys, block(self.keys)),
+            "BLOCK_C": block(self.channels),
+            "BLOCK_D": block(self.channels // self.heads),
+            "BLOCK_F": block(self.feedforward),
+            "PRECISION": "tf32" if products_allow_tf32() else "tf32x3",
             "num_warps": warps,
             "maxnreg": registers,
         }
@@ -135,12 +136,12 @@ def _collect(index, grad_out, grad_rows, grad_strides, GIVEN: tl.constexpr, C: t
 # One compilation for all layers. They are not a loop: their addresses would be computed ahead of it
 # and crowd out the rows.
 @triton.jit(do_not_specialize=["layer"])
-def _backward(key, value, params, seed, grad_rows, narrow, wide, vectors, grad_keys, key_strides,
-              value_strides, p, layer, GIVEN: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
-              F: tl.constexpr, HEADS: tl.constexpr, SITE: tl.constexpr, ZERO_ROW: tl.constexpr,
-              DROPOUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
-              BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
+def _backward(key, value, parameters, seed, grad_rows, narrow, wide, vectors, grad_keys,
+              key_strides, value_strides, p, layer, GIVEN: tl.constexpr, S: tl.constexpr,
+              C: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, SITE: tl.constexpr,
+              ZERO_ROW: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_L: tl.constexpr,
+              BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_F: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Turn the gradients of one layer's rows, in their place, into those of its input."""
     DOT: tl.constexpr = narrow.dtype.element_ty
     D: tl.constexpr = C // HEADS
@@ -173,7 +174,7 @@ def _backward(key, value, params, seed, grad_rows, narrow, wide, vectors, grad_k
     share = (layer * N + n) * tl.num_programs(1) + tile
     sums_row = vectors + share * (7 * C + F)
     sums = sums_row + c
-    in_weight = params + layer * (4 * C * C + 2 * F * C + F + 9 * C)
+    in_weight = parameters + layer * (4 * C * C + 2 * F * C + F + 9 * C)
     in_bias = in_weight + 3 * C * C
     out_weight = in_bias + 3 * C
     norm1 = out_weight + C * C + C
@@ -305,7 +306,7 @@ def _backward(key, value, params, seed, grad_rows, narrow, wide, vectors, grad_k
 
 
 def direction_gradients(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, index: Tensor, params: Tensor,
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, index: Tensor, parameters: Tensor,
     seed: Tensor | None, narrow: Tensor, sizes: Sizes, p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return gradients of query, key, value and parameters.
@@ -330,7 +331,7 @@ def direction_gradients(
         )  # fmt: skip
         for layer in reversed(range(layers)):
             _backward[N, tiles](
-                key, value, params, seed, grad_rows, narrow, wide, vectors, grad_keys,
+                key, value, parameters, seed, grad_rows, narrow, wide, vectors, grad_keys,
                 key.stride(), value.stride(), p, layer, given, S, C, F, heads, site, zero_row,
                 DROPOUT=p > 0, **launch,
             )  # fmt: skip
@@ -339,7 +340,7 @@ def direction_gradients(
     both = shares.to(query.dtype).transpose(1, 2).reshape(layers, 2, N * S, C)
     d_k, d_v = both.unbind(1)
     key_rows_, value_rows = key.reshape(N * S, C), value.reshape(N * S, C)
-    in_weight = params[:, : 3 * C * C].view(layers, 3, C, C).to(query.dtype)
+    in_weight = parameters[:, : 3 * C * C].view(layers, 3, C, C).to(query.dtype)
     grad_key = torch.einsum("lrd,ldc->rc", d_k, in_weight[:, 1]).view(N, S, C)
     grad_value = torch.einsum("lrd,ldc->rc", d_v, in_weight[:, 2]).view(N, S, C)
     x, d_q, context, d_out, middle, d_linear2 = narrow.unbind(1)
@@ -352,5 +353,5 @@ def direction_gradients(
         d_q.mT @ x, d_k.mT @ key_rows_, d_v.mT @ value_rows, b_q, keys_bias, d_out.mT @ context,
         b_out, norm1, d_linear1.mT @ middle, b_1, d_linear2.mT @ hidden, b_2, norm2,
     )  # fmt: skip
-    grad_params = torch.cat([part.flatten(1).to(params.dtype) for part in parts], 1)
+    grad_params = torch.cat([part.flatten(1).to(parameters.dtype) for part in parts], 1)
     return grad_query, grad_key, grad_value, grad_params

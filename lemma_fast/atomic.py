@@ -10,21 +10,38 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a free name in the folder of `path`; what is written there becomes `path` at the end.
+    """Yield an empty new file in the folder of `path`; at the end it becomes `path`.
 
-    Where the block fails nothing is left behind, and `path` stays as it was. Raises OSError.
+    Where the block fails nothing is left behind, and `path` stays as it was. A link is replaced,
+    never followed. The mode is what the umask gives a new file, however the block writes. Raises
+    OSError.
     """
     # A name of its own: the final one plus an ending could be longer than a file system takes.
     partial = path.parent / f".lemma-fast-{secrets.token_hex(8)}.tmp"
     try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
         yield partial
+        # Some writers, that of safetensors for one, make files that their owner alone may read.
+        if partial.stat().st_mode != mode:
+            partial.chmod(mode)
         partial.replace(path)
     finally:
         # Gone already where all went well.
         partial.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file, all or nothing."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, all or nothing; see `replacing`."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, however deep (Python's own way is recursive)."""
+    missing = []
+    while not folder.is_dir() and folder != folder.parent:
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)

@@ -1,6 +1,8 @@
-"""The picture of `--compare`: input, bicubic, result and attention side by side."""
+"""Pictures side by side with captions: that of `--compare`, and sheets of many crops."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -53,18 +55,41 @@ def picture(
         (after.resize(panel, nearest), ours),
         (overlay(before.resize(panel, nearest), attention), f"attention: {text or '(no text)'}"),
     ]
-    # Where a panel is narrow its caption sets the column's width.
+    return sheet([panels])
+
+
+def sheet(rows: Sequence[Sequence[tuple[Image.Image | None, str]]]) -> Image.Image:
+    """Lay out rows of pictures on white, each with a caption of one or more lines below.
+
+    A panel without a picture has its caption in the picture's place. A column is as wide as the
+    widest of its pictures and captions.
+    """
     font = ImageFont.load_default()
-    columns = [max(image.width, int(font.getlength(words)) + 1) for image, words in panels]
-    width = sum(columns) + _MARGIN * (len(panels) + 1)
-    sheet = Image.new("RGB", (width, panel[1] + _CAPTION + 2 * _MARGIN), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    left = _MARGIN
-    for (image, words), column in zip(panels, columns, strict=True):
-        sheet.paste(image, (left, _MARGIN))
-        draw.text((left, _MARGIN + panel[1] + 4), words, fill=(40, 40, 40), font=font)
-        left += column + _MARGIN
-    return sheet
+    lines = [[caption.split("\n") for _, caption in row] for row in rows]
+    count = max((len(row) for row in rows), default=0)
+    columns, tops = [0] * count, [_MARGIN]
+    for row, captions in zip(rows, lines, strict=True):
+        for i, ((image, _), words) in enumerate(zip(row, captions, strict=True)):
+            text = max(int(font.getlength(line)) + 1 for line in words)
+            columns[i] = max(columns[i], text, 0 if image is None else image.width)
+        heights = [
+            (0 if image is None else image.height) + _CAPTION * len(words)
+            for (image, _), words in zip(row, captions, strict=True)
+        ]
+        tops.append(tops[-1] + max(heights, default=0) + _MARGIN)
+    drawn = Image.new("RGB", (sum(columns) + _MARGIN * (count + 1), tops[-1]), (255, 255, 255))
+    draw = ImageDraw.Draw(drawn)
+    for row, captions, top in zip(rows, lines, tops, strict=False):
+        left = _MARGIN
+        for (image, _), words, column in zip(row, captions, columns, strict=False):
+            below = top
+            if image is not None:
+                drawn.paste(image, (left, top))
+                below += image.height + 4
+            for number, line in enumerate(words):
+                draw.text((left, below + _CAPTION * number), line, fill=(40, 40, 40), font=font)
+            left += column + _MARGIN
+    return drawn
 
 
 def overlay(image: Image.Image, attention: npt.NDArray[np.float32]) -> Image.Image:

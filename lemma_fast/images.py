@@ -1,4 +1,4 @@
-"""Images in and out: any mode Pillow reads to RGB and alpha, the network's input, safe writes."""
+"""Images in and out: any mode Pillow reads to RGB and alpha, the network's input, results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lemma_fast.atomic import replacing
+from lemma_fast.outputs import reason
 
 Size = Literal["native", "x2"]
 Format = Literal["png", "jpg", "webp"]
@@ -23,6 +23,16 @@ Format = Literal["png", "jpg", "webp"]
 # Pillow hands EPS and WMF to other programs, and names the rest without being able to decode them.
 _NOT_CROPS = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 _SIXTEEN_BIT = 65535.0
+# What makes an image of each EXIF orientation upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
@@ -107,10 +117,20 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Crop:
 @contextlib.contextmanager
 def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     """Open an image and read its header alone; ImageError also for what fails inside the block."""
+    with (
+        _one_sentence(),
+        _stream(source) as file,
+        Image.open(file, formats=readable_formats()) as image,
+    ):
+        _refuse_bombs(image)
+        yield image
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn whatever a decoder raises into ImageError."""
     try:
-        with _stream(source) as file, Image.open(file, formats=readable_formats()) as image:
-            _refuse_bombs(image)
-            yield image
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -146,13 +166,6 @@ def _stream(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
         yield file
 
 
-def reason(error: BaseException) -> str:
-    """Say in a few words what an exception says."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[0].lower() + error.strerror[1:]
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def _too_many_pixels(found: str = "far more pixels") -> str:
     limit = Image.MAX_IMAGE_PIXELS
     return f"{found} than Pillow's safety limit of {limit:,}; see PIL.Image.MAX_IMAGE_PIXELS"
@@ -169,23 +182,48 @@ def _refuse_bombs(image: Image.Image) -> None:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height once EXIF orientation is applied, from the header alone."""
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    turned = orientation(image) in (5, 6, 7, 8)
     return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def orientation(image: Image.Image) -> int | None:
+    """Read the EXIF orientation, 1 to 8, 1 where there is none; None where it cannot be read."""
+    if image.format == "TIFF":
+        # Pillow turns these itself as it decodes them, and drops the tag.
+        image.load()
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # That raises once at most, and not in every format; this does.
+        Image.Exif().load(image.info.get("exif", b""))
+    # As for pixels, a damaged block can raise anything; but here the pixels may be sound.
+    except Exception:  # noqa: BLE001
+        return None
+    return value if value in range(1, 9) else 1
 
 
 def from_pillow(image: Image.Image) -> Crop:
     """Turn an image of any mode upright and split it into RGB and alpha.
 
-    Frames after the first are ignored, and said so. 16-bit and float pixels are scaled to 8 bits,
-    see `_eight_bits`.
+    Frames after the first are ignored, and said so; metadata that cannot be read costs the turning
+    alone, and is said too. 16-bit and float pixels are scaled to 8 bits, see `_eight_bits`. Raises
+    ImageError, also where an image that Pillow opened cannot be decoded.
     """
+    with _one_sentence():
+        return _decoded(image)
+
+
+def _decoded(image: Image.Image) -> Crop:
     if not image.width or not image.height:
         raise ImageError("the image has no pixels")
-    notes: tuple[str, ...] = ()
-    if getattr(image, "is_animated", False):
-        notes = ("several frames or pages: the first is used",)
+    notes = []
+    if _has_frames(image):
+        notes.append("several frames or pages: the first is used")
     name, profile = image.format, image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
+    turning = orientation(image)
+    if turning is None:
+        notes.append("its metadata is damaged: taken as upright")
+    if turning in _TURNS:
+        image = image.transpose(_TURNS[turning])
     alpha: Image.Image | None = None
     if image.mode.startswith("I") or image.mode == "F":
         rgb = _eight_bits(image, sixteen=image.mode != "F" and name == "PNG").convert("RGB")
@@ -198,7 +236,16 @@ def from_pillow(image: Image.Image) -> Crop:
         rgb = image.convert("RGB")
     # A profile of ink or grey says nothing about RGB pixels.
     usable = isinstance(profile, bytes) and profile[16:20] == b"RGB "
-    return Crop(rgb, alpha, notes, name, profile if usable else None)
+    return Crop(rgb, alpha, tuple(notes), name, profile if usable else None)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Whether there is more than one frame; one that is damaged counts."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    # Formats look for a second frame here, and trip over it where it is damaged.
+    except Exception:  # noqa: BLE001
+        return True
 
 
 def _eight_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
@@ -232,12 +279,12 @@ def network_input(rgb: Image.Image, height: int = 16, width: int = 64) -> npt.ND
     return planes
 
 
-def finish(pixels: npt.NDArray[np.uint8], frame: Frame) -> Image.Image:
-    """Make the result's image from the network's pixels [H, W, 3]: RGB, or RGBA as `frame` has it.
+def finish(image: Image.Image, frame: Frame) -> Image.Image:
+    """Make the result of the network's image (RGB): in its size, RGB, or RGBA as `frame` has it.
 
     What `frame.backdrop` lent to the colours of transparent pixels is taken out again.
     """
-    image = resize(Image.fromarray(pixels), frame.size)
+    image = resize(image, frame.size)
     if frame.alpha is not None:
         alpha = resize(frame.alpha, frame.size)
         share = np.asarray(alpha, dtype=np.float32)[..., None] / 255
@@ -246,6 +293,7 @@ def finish(pixels: npt.NDArray[np.uint8], frame: Frame) -> Image.Image:
         image = Image.fromarray(np.rint(own.clip(0, 255)).astype(np.uint8))
         image.putalpha(alpha)
     if frame.icc_profile is not None:
+        image = image.copy()
         image.info["icc_profile"] = frame.icc_profile
     return image
 
@@ -284,20 +332,3 @@ def encode(image: Image.Image, form: Format) -> bytes:
         plain = flatten(image, 255)
         plain.save(buffer, "JPEG", quality=95, subsampling=0, icc_profile=profile)
     return buffer.getvalue()
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing so that it is seen whole or not at all; makes missing folders.
-
-    Raises OSError; whatever ends the block early leaves nothing behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("xb") as file:
-        yield file
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file by way of `written`."""
-    with written(path) as file:
-        file.write(data)

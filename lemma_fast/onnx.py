@@ -1,4 +1,4 @@
-"""ONNX: the network in evaluation, for any batch size, with its recurrences as GRU nodes.
+"""ONNX: the network in evaluation, for any batch size from 1 on, with its recurrences as GRU nodes.
 
 What is exported is the reference, but for two operations in ONNX's own terms: `bigru` is one GRU
 node, which PyTorch's exporter would first unroll, and `compress_select` asks TopK, which in ONNX
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from lemma_fast.atomic import replacing
 from lemma_fast.checkpoint import CONFIG_KEY
+from lemma_fast.checkpoint.files import stored_tensors, unwrapped
 from lemma_fast.model import LEMMA
 from lemma_fast.ops import Operations, reference
 from lemma_fast.ops.weights import BiGRUWeights
@@ -58,7 +59,8 @@ def export_onnx(
 ) -> Exported:
     """Write `model` in evaluation mode as one ONNX file, and compare it with the reference.
 
-    The input `lr` is [N, 4, 16, 64] fp32 of any N; the outputs are `sr`, `attn_map`, `img_logits`,
+    The input `lr` is [N, 4, 16, 64] fp32, N at least 1 (ONNX Runtime's GRU ends the process at
+    N = 0); the outputs are `sr`, `attn_map`, `img_logits`,
     `text_logits` and `pt_lengths` as `LEMMA.forward` returns them. The config is in the file's
     metadata under `lemma_fast_config`. Without `optimize` the graph is made in half the time and
     has twice the nodes; runtimes fold those when they load it. `model` is left as it is. Raises
@@ -66,7 +68,7 @@ def export_onnx(
     behind then.
     """
     _require("onnx", "onnxscript")
-    path = Path(path)
+    path, model = Path(path), cast(LEMMA, unwrapped(model))
     if not path.parent.is_dir():
         raise ExportError(f"there is no folder {path.parent}")
     twin = _twin(model)
@@ -94,7 +96,9 @@ def compare(model: LEMMA, path: str | Path, crops: Tensor) -> dict[str, float]:
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    # By its bytes: the runtime takes no names that are not UTF-8.
+    content = Path(path).read_bytes()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     worst = dict.fromkeys(OUTPUTS, 0.0)
     for batch in (crops, crops[:1]):
         with torch.no_grad():
@@ -192,7 +196,7 @@ class _Flat(nn.Module):
 def _twin(model: LEMMA, ops: Operations = reference) -> LEMMA:
     """A copy on the CPU in fp32 and evaluation mode, with another table of operations."""
     twin = LEMMA(model.config, ops)
-    twin.load_state_dict(model.state_dict())
+    twin.load_state_dict(stored_tensors(model))
     return twin.float().eval()
 
 

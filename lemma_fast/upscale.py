@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias, overload
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from lemma_fast import images
 from lemma_fast.acceleration import accelerate as make_fast
 from lemma_fast.checkpoint import load
+from lemma_fast.checkpoint.files import unwrapped
+from lemma_fast.config import LemmaConfig
+from lemma_fast.devices import choose_device
 from lemma_fast.images import Crop, ImageError, Size
 from lemma_fast.model import LEMMA
 
@@ -25,26 +29,19 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Picture: TypeAlias = Image.Image | PathLike | Bytes | Tensor
 
 DTYPES = ("auto", "float32", "bfloat16")
-
-
-@dataclass(frozen=True, eq=False)
-class Inferred:
-    """What the network says of one crop.
-
-    `pixels` uint8 [32, 128, 3]; `text` is what the prior reads, in lower case; `length` counts the
-    positions it holds valid, end mark included; `attention` float32 [16, 64] is the largest
-    attention that a valid position pays to each pixel: where the characters are.
-    """
-
-    pixels: Bytes
-    text: str
-    length: int
-    attention: npt.NDArray[np.float32]
+# The process in which PyTorch's threads are.
+_home = os.getpid()
 
 
 @dataclass(frozen=True, eq=False)
 class Upscaled:
-    """One result of `Upscaler.run`: the image, and the fields of `Inferred` beside it."""
+    """What the network says of one crop.
+
+    `image` is the result; that of `Upscaler.infer` has the network's own size, 128x32. `text` is
+    what the prior reads, in lower case; `length` counts the positions it holds valid, end mark
+    included; `attention` float32 [16, 64] is the largest attention that a valid position pays to
+    each pixel: where the characters are.
+    """
 
     image: Image.Image
     text: str
@@ -60,15 +57,18 @@ class Upscaler:
         arrays = up([array_a, array_b])                 # uint8 [H, W, 3], in RGB order
         record = up.run("crop.png")                     # .image, .text, .length, .attention
 
-    `model` is what `lemma_fast.load` takes, or a LEMMA; one that is in training mode or on another
-    device than asked for is copied, not changed. `device` "auto" is the first CUDA device where
-    there is one, else the CPU; for a LEMMA, the device it is on. `dtype` "auto" is float32,
-    on CUDA with PyTorch's TF32 setting; bfloat16 is only used when asked for.
+    `model` is what `lemma_fast.load` takes, or a LEMMA; one that is in training mode, of another
+    type than float32 or on another device than asked for is copied, not changed. `device` "auto"
+    is the first CUDA device where there is one, else the CPU; for a LEMMA, the device it is on.
+    `dtype` "auto" is float32, on CUDA with PyTorch's TF32 setting; bfloat16 is only used when
+    asked for.
     `batch_size` None is 32 on the CPU and 256 elsewhere. With `accelerate`, what runs is the copy
     that `lemma_fast.accelerate` makes (the attribute `network`), else the model itself.
 
     Every crop goes through the network at 16x64. `size` "native" returns its 32x128, which is what
-    recognisers take; "x2" twice the crop's own width and height. One object may serve many threads.
+    recognisers take; "x2" twice the crop's own width and height. One object may serve many threads,
+    and may be copied and pickled. In a process that was forked from one that had imported this
+    module PyTorch is set to one thread, because the others stay behind.
     """
 
     def __init__(
@@ -80,22 +80,24 @@ class Upscaler:
         size: Size = "native",
         accelerate: bool = True,
     ) -> None:
+        _heed_fork()
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is less than 1")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         self.model = _load(model, device)
-        config = self.model.config
+        # It may be in a wrapper, which has no config.
+        inner = unwrapped(self.model)
+        self.config = config = cast(LemmaConfig, inner.config)
         if config.in_channels != 4:
             raise ValueError(
                 f"the model takes {config.in_channels} channels; crops give 4, RGB and a mask"
             )
         self.device = next(self.model.parameters()).device
-        self.network: nn.Module = self.model
         # What only looks like a LEMMA is called as it is.
-        if accelerate and isinstance(self.model, LEMMA):
-            self.network = make_fast(self.model, self.dtype)
+        self.accelerated = accelerate and isinstance(inner, LEMMA)
+        self.network: nn.Module = self._made_fast()
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
         self.size = size
 
@@ -107,6 +109,18 @@ class Upscaler:
     @size.setter
     def size(self, size: Size) -> None:
         self._size = _checked(size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: the accelerated copy is left out, and made again after."""
+        return {name: value for name, value in self.__dict__.items() if name != "network"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, with an accelerated copy of its own."""
+        self.__dict__.update(state)
+        self.network = self._made_fast()
+
+    def _made_fast(self) -> nn.Module:
+        return make_fast(self.model, self.dtype) if self.accelerated else self.model
 
     def __repr__(self) -> str:
         """Name what was chosen."""
@@ -184,26 +198,26 @@ class Upscaler:
             taken = [_take(picture) for picture in pictures[start : start + self.batch_size]]
             inferred = self.infer(np.stack([self.prepare(crop) for crop, _ in taken]))
             for (crop, give_back), said in zip(taken, inferred, strict=True):
-                image = images.finish(said.pixels, crop.frame(chosen, self.native))
-                record = Upscaled(image, said.text, said.length, said.attention)
-                results.append((record, give_back(image)))
+                image = images.finish(said.image, crop.frame(chosen, self.native))
+                results.append((replace(said, image=image), give_back(image)))
         return results
 
     @property
     def native(self) -> tuple[int, int]:
         """Width and height of what the network returns."""
-        config = self.model.config
+        config = self.config
         return config.scale * config.width, config.scale * config.height
 
     def prepare(self, crop: Crop) -> npt.NDArray[np.float32]:
         """Make the network's input of a crop: float32 [4, 16, 64]."""
-        return images.network_input(crop.opaque, *self.model.config.size)
+        return images.network_input(crop.opaque, *self.config.size)
 
-    def infer(self, crops: npt.NDArray[np.float32]) -> list[Inferred]:
+    def infer(self, crops: npt.NDArray[np.float32]) -> list[Upscaled]:
         """Run the network once on [N, 4, 16, 64], in one batch.
 
         Raises RuntimeError where the network fails, also where its result is not finite.
         """
+        _heed_fork()
         half = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with torch.inference_mode(), half:
             sr, prior = self.network(torch.from_numpy(crops).to(self.device))
@@ -216,7 +230,7 @@ class Upscaler:
             attention = (prior.attn_map.float() * live).amax(1).clamp(min=0)
             classes = prior.img_logits.argmax(-1)
         return [
-            Inferred(picture, self.model.config.spell(row), int(length), heat)
+            Upscaled(Image.fromarray(picture), self.config.spell(row), int(length), heat)
             for picture, row, length, heat in zip(
                 pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(),
                 classes.tolist(),
@@ -227,37 +241,32 @@ class Upscaler:
         ]
 
 
+def _heed_fork() -> None:
+    """In a forked process, set PyTorch to one thread: a second one would be waited for for ever."""
+    global _home
+    if os.getpid() != _home:
+        torch.set_num_threads(1)
+        _home = os.getpid()
+
+
 def _checked(size: Size) -> Size:
     if size not in ("native", "x2"):
         raise ValueError(f'size {size!r} is neither "native" nor "x2"')
     return size
 
 
-def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn a device's name into a device that is there; raises ValueError in one sentence."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(
-            f'device {device!r} is not a name like "cpu", "cuda" or "cuda:1"'
-        ) from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count() or "no"
-        raise ValueError(f'device "{chosen}" is not there: torch sees {found} CUDA devices')
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError('device "mps" is not there on this machine')
-    return chosen
-
-
 def _load(model: PathLike | LEMMA, device: str | torch.device) -> LEMMA:
+    """Open or take a model, in evaluation mode and float32, on the device."""
     if isinstance(model, str | os.PathLike):
-        return load(os.fspath(model), device=choose_device(device))
+        # A text may be a packaged name, a path never is.
+        source = model if isinstance(model, str) else Path(model)
+        model = load(source, device=choose_device(device))
+        device = "auto"
     here = next(model.parameters()).device
     there = here if device == "auto" else choose_device(device)
-    if model.training or here != torch.empty(0, device=there).device:
-        model = copy.deepcopy(model).to(there).eval()
+    narrow = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+    if model.training or narrow or here != torch.empty(0, device=there).device:
+        model = copy.deepcopy(model).to(there, torch.float32).eval()
     return model
 
 

@@ -36,7 +36,7 @@ def draw_weights(C: int, H: int, W: int) -> AdaFMWeights:
 
 
 def flatten(weights: Any) -> list[Tensor]:
-    """The tensors in the order of csrc/adafm_math.h."""
+    """The tensors in the order of csrc/adafm/math.h."""
     if isinstance(weights, Tensor):
         return [weights]
     return [tensor for part in weights for tensor in flatten(part)]

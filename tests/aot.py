@@ -20,19 +20,34 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CAPABILITIES = (80, 90, 120)
+from sass import Counts, read_sass
+
+# Budgets are of one architecture; tests/launches compiles the network for sm_80 and sm_120 too, and
+# checks spills and shared memory there.
+CAPABILITIES = (90,)
 # What one block may have on the smallest of the three (sm_120); sm_80 and sm_90 have more.
 SHARED_LIMIT = 99 * 1024
+# Where instructions are counted.
+DISASSEMBLED = 90
 
 Types = Mapping[str, str | Sequence[str]]
 
 
 class Resources(NamedTuple):
-    """What one cubin needs: registers a thread, bytes of local memory (spills), shared bytes."""
+    """What one cubin needs and what its code holds."""
 
     registers: int
+    """Of a thread."""
     spills: int
+    """Bytes of local memory of a thread."""
     shared: int
+    """Bytes of a block."""
+    products: bool
+    """Whether there are products on tensor cores."""
+    code: Counts | None = None
+    """Of the whole kernel, on sm_90 alone: to disassemble takes as long as to compile."""
+    loop: Counts | None = None
+    """Of the hot loop, likewise, if there is one: see `read_sass`."""
 
 
 class Case(NamedTuple):
@@ -90,22 +105,25 @@ def compile_kernel(
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     compiled = triton.compile(source, target=target, options=options)
-    return _resources(compiled.asm["cubin"], compiled.metadata.shared)
-
-
-def _resources(cubin: bytes, shared: int) -> Resources:
-    """Read registers and local memory from a cubin; Triton asks for shared memory at the launch."""
-    import triton
-
+    products = re.search(r"mma\.sync|wgmma\.mma_async", compiled.asm["ptx"]) is not None
+    # What a kernel needs of shared memory, Triton asks for at the launch.
+    shared = compiled.metadata.shared
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(
-        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text
-    ).groups()
-    return Resources(int(registers), int(stack) + int(local), shared)
+        path.write_bytes(compiled.asm["cubin"])
+        tools = triton.knobs.nvidia
+        usage = _output(tools.cuobjdump.path, "--dump-resource-usage", str(path))
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        registers, stack, local = map(int, found.groups())
+        needs = Resources(registers, stack + local, shared, products)
+        if capability != DISASSEMBLED:
+            return needs
+        code, loop = read_sass(_output(tools.nvdisasm.path, "-c", str(path)))
+        return needs._replace(code=code, loop=loop)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compile_kernels(cases: Sequence[Case]) -> list[Resources]:
@@ -121,7 +139,10 @@ def compile_kernels(cases: Sequence[Case]) -> list[Resources]:
             env=environment,
         )
     assert run.returncode == 0, run.stderr[-4000:]
-    return [Resources(*line) for line in json.loads(run.stdout)]
+    return [
+        Resources(*needs, code and Counts(*code), loop and Counts(*loop))
+        for *needs, code, loop in json.loads(run.stdout)
+    ]
 
 
 def _main() -> None:

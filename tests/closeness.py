@@ -9,6 +9,12 @@ FORWARD, BACKWARD = 1e-5, 5e-5
 KINKS = 2e-3
 
 
+def relative(got: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
+    """||got - expected|| / ||expected||, the divisor at least `floor`."""
+    distance = (got.detach().double() - expected.detach().double()).norm()
+    return float(distance / expected.detach().double().norm().clamp_min(floor))
+
+
 def assert_close(got: Tensor, expected: Tensor, limit: float) -> None:
     """Same shape and dtype, finite where expected is, and a relative error within `limit`."""
     assert got.shape == expected.shape

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import struct
 import zlib
 
@@ -65,3 +66,25 @@ def folder_of_pairs(root, columns=("hr", "lr", "label"), rows=None):
     with (root / "labels.csv").open("w", newline="", encoding="utf-8") as table:
         csv.writer(table).writerows([columns, *rows])
     return root
+
+
+def other_lmdb(root):
+    """An LMDB that is no set, and its bytes."""
+    environment = lmdb.open(str(root), map_size=1 << 20, max_dbs=1)
+    with environment, environment.begin(write=True) as transaction:
+        transaction.put(b"cat", b"meow")
+    return (root / "data.mdb").read_bytes()
+
+
+def in_a_child(work):
+    """The exit code of a forked process that does `work`; 3 for a refusal, 9 for a traceback."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except (ValueError, OSError):
+            os._exit(3)
+        finally:
+            os._exit(9)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

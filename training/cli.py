@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Optional, cast
 
 import typer
 
+from lemma_fast.training.signals import Stopped, raising
+
 if TYPE_CHECKING:
-    from lemma_fast.training.settings.schema import Settings
+    from lemma_fast.training.settings import Settings
 
 app = typer.Typer(help="Train, evaluate and make data.", no_args_is_help=True)
 
@@ -29,6 +33,9 @@ Examples:
 
 The same command goes on where it stopped, was stopped, or was killed, to the same numbers. On
 several devices: torchrun --nproc_per_node=4 -m lemma_fast.cli train CONFIG run.devices=4
+
+SIGTERM and Ctrl-C end a run after the step that is being made, which is saved. Exit codes: 0 all is
+well, 1 the loss is not a number, 2 wrong settings or files, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
 
@@ -73,20 +80,14 @@ def train(
     ] = False,
 ) -> None:
     """Train the stages of a config, one or all; goes on where it stopped."""
-    from lemma_fast.training.settings.schema import as_yaml, choose
-    from lemma_fast.training.settings.typed import SettingsError
+    from lemma_fast.training.settings import as_yaml, choose
 
-    try:
+    with _ending("the same command goes on from what was saved"):
         chosen = choose(config, stage, overrides or [])
         if show:
             typer.echo(as_yaml(chosen), nl=False)
-            return
-        _train(chosen, max_minutes, max_steps, restart, accept_changes)
-    except (SettingsError, OSError, ValueError) as error:
-        _fail(error)
-    except FloatingPointError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        else:
+            _train(chosen, max_minutes, max_steps, restart, accept_changes)
 
 
 def _train(
@@ -96,7 +97,7 @@ def _train(
     restart: bool,
     accept_changes: bool,
 ) -> None:
-    from lemma_fast.training.loop.curves import leads
+    from lemma_fast.training.evaluation.tables import readable
     from lemma_fast.training.loop.fit import fit
 
     begun = time.monotonic()
@@ -116,17 +117,17 @@ def _train(
             restart=restart,
             accept_changes=accept_changes,
         )
-        best = outcome.best
-        shown = ""
-        if best is not None:
-            metric = settings.select.metric
-            shown = f", best {metric} {best[metric]:.4g} at step {best['step']:.0f}"
-        if leads():
-            done = "finished" if outcome.finished else "stopped; the same command goes on"
-            typer.echo(
-                f"{settings.stage}: step {outcome.step} of {outcome.total}{shown}: {done} "
-                f"({outcome.folder})"
-            )
+        stopped = None if outcome.signal is None else Stopped(outcome.signal)
+        if outcome.leads:
+            shown = f"{settings.stage}: step {outcome.step} of {outcome.total}"
+            if (best := outcome.best) is not None:
+                metric = settings.select.metric
+                shown += f", best {metric} {best[metric]:.4g} at step {best['step']:.0f}"
+            by = "" if stopped is None else f" by {stopped.name}"
+            done = "finished" if outcome.finished else f"stopped{by}; the same command goes on"
+            typer.echo(readable(f"{shown}: {done} ({outcome.folder})"))
+        if stopped is not None:
+            raise typer.Exit(stopped.code)
         if not outcome.finished:
             return
 
@@ -192,41 +193,48 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
     """Compare bicubic, super-resolved and true crops: what is read, PSNR and SSIM."""
-    import torch
-    from rich.console import Console
     from rich.progress import Progress
 
     from lemma_fast.baselines import open_network
+    from lemma_fast.devices import choose_device
     from lemma_fast.training.data.inspect import open_pairs
     from lemma_fast.training.evaluation import report
-    from lemma_fast.training.evaluation.evaluate import Protocol, measure, open_readers
+    from lemma_fast.training.evaluation.evaluate import (
+        Protocol,
+        check_finite,
+        measure,
+        open_readers,
+    )
     from lemma_fast.training.evaluation.readings import default_folder, open_readings
-    from lemma_fast.training.evaluation.summary import subset_name, summarize
+    from lemma_fast.training.evaluation.summary import subset_names, summarize
+    from lemma_fast.training.evaluation.tables import plain_console, print_tables, readable
 
     if protocol not in ("corrected", "official"):
         raise typer.BadParameter(f"--protocol is corrected or official, not {protocol}")
     if cache is not None and no_cache:
         raise typer.BadParameter("--cache and --no-cache contradict each other")
     kind = cast(Protocol, protocol)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
 
     def say(text: str) -> None:
-        console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(readable(f"note: {text}"), soft_wrap=True)
 
-    try:
-        names = [subset_name(path) for path in data]
-        if len(set(names)) < len(names):
-            names = [str(path) for path in data]
-        network = open_network(model, device=device)
-        readers = open_readers(recognizer, network, device, jobs)
+    with _ending("what recognisers have read is kept, unless --no-cache forbids it"):
+        names = subset_names(data)
+        if output is not None:
+            report.prepare(output, plot=bool(recognizer))
+        place = str(choose_device(device))
+        network = open_network(model, device=place)
+        check_finite(network, model)
+        readers = open_readers(recognizer, network, place, jobs)
         sets = [open_pairs(path) for path in data]
         for crops in sets:
             # Decoded once, here, where damaged records are left out.
             crops.load()
         folder = cache or default_folder()
-        known = {} if no_cache else open_readings(readers, folder, say)
+        if folder is None and not no_cache:
+            say("there is no home folder: what recognisers read is not kept (--cache keeps it)")
+        known = {} if no_cache or folder is None else open_readings(readers, folder, say)
         total = sum(min(limit or len(crops), len(crops)) for crops in sets)
         bar = Progress(console=console, transient=True) if console.is_terminal else None
         with bar or nullcontext():
@@ -251,25 +259,22 @@ def evaluate(
                 for name, crops in zip(names, sets, strict=True)
             ]
         summary = summarize(subsets, kind)
-    except (OSError, ValueError) as error:
-        _fail(error)
-    about = {
-        "model": model,
-        "recognizers": recognizer,
-        "data": ", ".join(path.name for path in data),
-        "batch_size": batch_size,
-        "device": device,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-    if as_json:
-        typer.echo(report.as_json(summary, about), nl=False)
-    else:
-        out = Console()
-        out.print(report.terminal(summary, out))
-    if output is not None:
-        sheet = report.contact_sheet(network, subsets, sets, readers)
-        for path in report.write(output, summary, about, sheet):
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        about = {
+            "model": readable(model),
+            "recognizers": readable(recognizer),
+            "data": readable(", ".join(path.name for path in data)),
+            "batch_size": batch_size,
+            "device": place,
+            "command": readable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        }
+        if as_json:
+            typer.echo(report.as_json(summary, about), nl=False)
+        else:
+            print_tables(plain_console(), *report.forms(summary))
+        if output is not None:
+            sheet = report.contact_sheet(network, subsets, sets, readers)
+            for path in report.write(output, summary, about, sheet):
+                console.print(readable(f"wrote {path}"), soft_wrap=True)
 
 
 @app.command(
@@ -291,6 +296,20 @@ def data(context: typer.Context) -> None:
     raise typer.Exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: Exception) -> NoReturn:
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(2)
+@contextmanager
+def _ending(kept: str) -> Iterator[None]:
+    """Turn what ends a command into one sentence and an exit code; `kept` is said of a signal."""
+    try:
+        with raising():
+            yield
+    except Stopped as stopped:
+        typer.echo(f"{stopped.name}: stopped; {kept}", err=True)
+        raise typer.Exit(stopped.code) from stopped
+    except (OSError, ValueError, FloatingPointError) as error:
+        from lemma_fast.training.evaluation.tables import readable
+
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            said = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        typer.echo(readable(f"error: {said}"), err=True)
+        raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lemma_fast.atomic import replacing
+from lemma_fast.outputs import check_output, is_stream
 from lemma_fast.training.data.inspect import Report, contact_sheet, open_pairs
 from lemma_fast.training.data.inspect import inspect as summarise
 from lemma_fast.training.data.lmdb import is_lmdb
 from lemma_fast.training.data.pack import pack as pack_folder
 from lemma_fast.training.data.pack import unpack
 from lemma_fast.training.data.pairs import Skipped
-from lemma_fast.training.data.places import check_output
 from lemma_fast.training.evaluation.tables import plain_console, print_tables, readable
 from lemma_fast.training.signals import Stopped, raising
 from lemma_fast.training.synthesis.degrade import STRENGTHS
@@ -105,9 +105,9 @@ def inspect_command(
     """Count crops, sizes and labels, name damaged records; exit code 1 where there are any."""
     with _ending(lambda: "nothing was written"):
         dataset = open_pairs(path)
-        if sheet is not None:
+        if sheet is not None and not is_stream(sheet):
             files = dataset.files()
-            check_output(sheet, "--sheet", overwrite=overwrite, inputs=files, ours=_is_sheet)
+            check_output(sheet, "--sheet", overwrite=overwrite, inputs=files, made_here=_is_sheet)
         report = summarise(path, limit, dataset)
         if sheet is not None:
             _write_sheet(contact_sheet(path, crops, dataset=dataset), sheet)
@@ -231,8 +231,11 @@ def _print_skipped(skipped: list[Skipped]) -> None:
 def _write_sheet(image: Image.Image, path: Path) -> None:
     about = PngImagePlugin.PngInfo()
     about.add_text("Software", _MAKER)
-    with replacing(path) as partial:
-        image.save(partial, "PNG", pnginfo=about)
+    with (
+        nullcontext(path) if is_stream(path) else replacing(path) as place,
+        place.open("wb") as file,
+    ):
+        image.save(file, "PNG", pnginfo=about)
 
 
 def _is_sheet(path: Path) -> bool:

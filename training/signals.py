@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: work ends in order, what is done is kept, the exit code names the signal."""
+"""SIGTERM, SIGHUP, Ctrl-C: work ends in order, what is done is kept, the exit code says which."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+_CAUGHT = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(BaseException):
@@ -48,8 +48,10 @@ def held(message: str) -> Iterator[list[int]]:
         received.append(number)
         if not message:
             return
-        # A handler may come between two parts of a print, which os.write does not mind.
-        os.write(2, f"\n{Stopped(number).name}: {message}\n".encode(errors="replace"))
+        # A handler may come between two parts of a print, which os.write does not mind. After a
+        # SIGHUP there may be no terminal.
+        with suppress(OSError):
+            os.write(2, f"\n{Stopped(number).name}: {message}\n".encode())
 
     with _handled(note):
         yield received

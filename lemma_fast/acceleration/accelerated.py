@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, Literal, overload
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from lemma_fast.acceleration.graphs import CudaRecorder
-from lemma_fast.acceleration.layers import Plan, can_pack, tensor_cores
-from lemma_fast.acceleration.parts import Parts, Recordings
+from lemma_fast.acceleration.layers import Plan, can_pack
+from lemma_fast.acceleration.parts import Parts, Recordings, Run
 from lemma_fast.acceleration.swap import folded
 from lemma_fast.checkpoint import CheckpointError, from_published
+from lemma_fast.checkpoint.files import plain_names, stored_tensors, unwrapped
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import Prior
 from lemma_fast.ops import Operations, cpu, extension
+from lemma_fast.ops.precision import tensor_cores
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Larger parts run no faster an image: on the CPU they leave its caches, on a GPU it is full.
@@ -51,12 +54,14 @@ class Accelerated(nn.Module):
         self.network = network.eval()
         self.why_plain = why_plain
         self.recordings: Recordings | None = None
-        run: Callable[[Tensor], tuple[Tensor, ...]] = self._run
+        # Nothing below refers to self: what goes with the last reference never waits for the
+        # collector, which may come during a capture.
+        run: Run = partial(_run, network, plan.wide, tf32)
         if graphs:
             shape = (self.config.in_channels, *self.config.size)
-            recorder = CudaRecorder(self._run, shape, plan.wide, plan.device)
+            recorder = CudaRecorder(run, shape, plan.wide, plan.device)
             run = self.recordings = Recordings(recorder, KEPT_GRAPHS, reuse_output)
-        self.parts = Parts(run, max_batch, self._free)
+        self.parts = Parts(run, max_batch, partial(_free, self.recordings, plan.device))
         self.training = False
 
     @property
@@ -87,13 +92,13 @@ class Accelerated(nn.Module):
         """What runs each part, in words, for people and for the records of a measurement."""
         plan = self.plan
         library = "PyTorch"
-        recurrent = "Triton" if plan.fused else "C++" if plan.native else library
+        recurrent = "Triton" if plan.fused else "C++" if plan.cpp else library
         fusion = library if not plan.compiled else "CUDA" if plan.fused else "C++"
         said = {
             "device": str(plan.device),
             "dtype": str(plan.dtype).removeprefix("torch."),
             "convolutions and products": "oneDNN, packed weights" if plan.packed else library,
-            "3x3 convolutions": "C++, Winograd" if plan.native else "as the others",
+            "3x3 convolutions": "C++, Winograd" if plan.cpp else "as the others",
             "recurrences": recurrent,
             "adaptive fusion": fusion,
             "batches": f"parts of at most {self.parts.limit}",
@@ -116,23 +121,33 @@ class Accelerated(nn.Module):
             )
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied: packed weights cannot be, and graphs are of a process."""
+        raise TypeError(
+            "an accelerated model cannot be pickled or copied: do that with the original, and "
+            "accelerate the result"
+        )
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Accelerated:
         raise RuntimeError(
             "an accelerated model stays where it is: move the original and accelerate that"
         )
 
-    def _run(self, lr: Tensor) -> tuple[Tensor, ...]:
-        exact = self.plan.wide
-        with tensor_cores(self.tf32):
-            sr, prior = self.network(lr.to(exact))
-            logits = prior.img_logits.to(exact), prior.text_logits.to(exact)
-            return sr.to(exact), prior.attn_map, *logits, prior.pt_lengths
 
-    def _free(self) -> None:
-        if self.recordings is not None:
-            self.recordings.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+def _run(network: LEMMA, exact: torch.dtype, tf32: bool | None, lr: Tensor) -> tuple[Tensor, ...]:
+    """All outputs of one batch, in `exact`."""
+    with tensor_cores(tf32):
+        sr, prior = network(lr.to(exact))
+        logits = prior.img_logits.to(exact), prior.text_logits.to(exact)
+        return sr.to(exact), prior.attn_map, *logits, prior.pt_lengths
+
+
+def _free(recordings: Recordings | None, device: torch.device) -> None:
+    """Give back the memory that recordings and PyTorch's cache hold."""
+    if recordings is not None:
+        recordings.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @overload
@@ -205,7 +220,7 @@ def accelerate(
     graphs = on_cuda if graphs is None else graphs
     max_batch = max_batch or (CUDA_PART if on_cuda else CPU_PART)
     with torch.inference_mode(False), torch.no_grad():
-        plan, why_plain = make_plan(device, dtype)
+        plan, why_plain = make_plan(device, dtype, lemma.config.channels)
         network = folded(lemma, plan, with_attention)
         return Accelerated(
             lemma.config, network, plan, max_batch, graphs, reuse_output, tf32, why_plain
@@ -235,7 +250,7 @@ def trainable(model: LEMMA) -> LEMMA:
     """Copy a network into one with the `training_operations` of its device."""
     first = next(model.parameters())
     copied = LEMMA(model.config, ops=training_operations(first.device.type))
-    copied.load_state_dict(model.state_dict())
+    copied.load_state_dict(stored_tensors(model))
     for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
     return copied.to(first.device, first.dtype).train()
@@ -246,17 +261,13 @@ def recognized(model: nn.Module) -> LEMMA:
 
     Raises TypeError for anything else.
     """
-    inner = model
-    while not isinstance(inner, LEMMA):
-        # torch.compile's and DataParallel's wrappers.
-        held = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if not isinstance(held, nn.Module):
-            break
-        inner = held
-    if isinstance(inner, LEMMA):
-        return inner
-    if not isinstance(inner, nn.Module):
+    if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a LEMMA, not {type(model).__name__}")
+    inner = unwrapped(model)
+    if isinstance(inner, LEMMA):
+        names = inner.state_dict().keys()
+        # Parts of it may be wrapped too, and what is folded is found by names and types.
+        return inner if plain_names("", inner.state_dict()).keys() == names else _bare(inner)
     try:
         found = from_published(inner.state_dict())
     except CheckpointError as error:
@@ -267,9 +278,17 @@ def recognized(model: nn.Module) -> LEMMA:
     return found.to(first.device, first.dtype)
 
 
-def make_plan(device: torch.device, dtype: torch.dtype) -> tuple[Plan, str | None]:
+def _bare(model: LEMMA) -> LEMMA:
+    """Return a network with the same weights, without the wrappers around its parts."""
+    first = next(model.parameters())
+    bare = LEMMA(model.config)
+    bare.load_state_dict(stored_tensors(model))
+    return bare.to(first.device, first.dtype).train(model.training)
+
+
+def make_plan(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Plan, str | None]:
     """Choose what runs the parts; says in a sentence what is not used, and why."""
-    plan = Plan(device, dtype, packed=False, native=False, fused=False, compiled=False)
+    plan = Plan(device, dtype, packed=False, cpp=False, fused=False, compiled=False)
     if device.type == "cuda":
         if dtype == torch.float64:
             return plan, "the fused kernels have no float64"
@@ -279,7 +298,9 @@ def make_plan(device: torch.device, dtype: torch.dtype) -> tuple[Plan, str | Non
         if why is None and extension.build_info()["cuda"] is None:
             why = "the extension was built without CUDA: set CUDA_HOME and install again"
         if why is None:
-            _register_fusion()
+            most = _register_fusion()
+            if channels > most:
+                why = f"the CUDA code of the adaptive fusion takes {most} channels, not {channels}"
         return replace(plan, fused=True, compiled=why is None), why
     if device.type != "cpu" or dtype != torch.float32:
         return plan, "the C++ operations are for float32 on the CPU"
@@ -288,9 +309,11 @@ def make_plan(device: torch.device, dtype: torch.dtype) -> tuple[Plan, str | Non
         cpu.load()
         _register_fusion()
     fast = why is None
-    return replace(plan, packed=can_pack(device, dtype), native=fast, compiled=fast), why
+    return replace(plan, packed=can_pack(device, dtype), cpp=fast, compiled=fast), why
 
 
-def _register_fusion() -> None:
+def _register_fusion() -> int:
+    """Load the adaptive fusion, and return how many channels it takes on CUDA."""
     # The module loads the library, so it is imported where there is one.
-    importlib.import_module("lemma_fast.ops.adafm")
+    most: int = importlib.import_module("lemma_fast.ops.adafm").MAX_CUDA_CHANNELS
+    return most

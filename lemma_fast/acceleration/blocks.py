@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from lemma_fast.acceleration.layers import Conv, Plan, Product
 from lemma_fast.model.blocks import AdaFM, BiGRU, Upsampler
 from lemma_fast.ops import cpu
 from lemma_fast.ops.precision import convolutions_allow_tf32
-from lemma_fast.ops.weights import BiGRUWeights
+from lemma_fast.ops.weights import BiGRUWeights, flat
 
 
 class FoldedAdaFM(nn.Module):
@@ -85,11 +83,11 @@ class FoldedBiGRU(nn.Module):
         self.axis, self.plan = gru.axis, plan
         self.hidden = weights.weight_hh.shape[1]
         self.weights = weights
-        if plan.native:
+        if plan.cpp:
             self.packed = cpu.pack_bigru(weights)
 
     def forward(self, features: Tensor) -> Tensor:
-        if self.plan.native:
+        if self.plan.cpp:
             return cpu.bigru_packed(features, self.axis, self.packed, self.hidden)
         if self.plan.fused:
             from lemma_fast.ops import fused
@@ -120,12 +118,3 @@ class FoldedUpsampler(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.pixel_shuffle(self.project(self.expand(features)), self.scale).contiguous()
-
-
-def flat(weights: tuple[object, ...]) -> Iterator[Tensor]:
-    """The 52 tensors of `AdaFMWeights` in turn, as the compiled fusion takes them."""
-    for part in weights:
-        if isinstance(part, Tensor):
-            yield part
-        elif isinstance(part, tuple):
-            yield from flat(part)

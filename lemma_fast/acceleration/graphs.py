@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from weakref import WeakSet
 
 import torch
@@ -12,6 +15,8 @@ Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 # Before a capture: kernels are compiled, cuDNN tries its algorithms, libraries get workspaces.
 WARM_UPS = 3
+# One capture at a time, so that each can leave the collector as it was.
+_CAPTURING = threading.Lock()
 
 
 class CudaGraph:
@@ -58,21 +63,45 @@ class CudaRecorder:
                 self.pool = torch.cuda.graph_pool_handle()
             here = torch.cuda.current_stream()
             self.aside.wait_stream(here)
-            with (
-                torch.cuda.stream(self.aside),
-                torch.backends.cudnn.flags(
-                    enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32
-                ),
-            ):
+            # Garbage may hold graphs and memory, which can be had before the capture.
+            gc.collect()
+            with torch.cuda.stream(self.aside), _cudnn_benchmark():
                 for _ in range(WARM_UPS):
                     self.run(batch)
                 graph = torch.cuda.CUDAGraph()
                 # Other threads may go on using the device meanwhile.
-                with torch.cuda.graph(
-                    graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"
+                with (
+                    _without_collector(),
+                    torch.cuda.graph(
+                        graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"
+                    ),
                 ):
                     outputs = self.run(batch)
             here.wait_stream(self.aside)
         recording = CudaGraph(graph, batch, outputs)
         self.recorded.add(recording)
         return recording
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep the cyclic collector off: a graph that it destroys would make a capture invalid."""
+    with _CAPTURING:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_on:
+                gc.enable()
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN try its algorithms; `cudnn.flags` would read TF32 by the old interface."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

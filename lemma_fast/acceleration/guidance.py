@@ -12,6 +12,7 @@ from lemma_fast.acceleration.prior import make_resize
 from lemma_fast.model.guidance import Guidance, layer_weights
 from lemma_fast.model.layers import TransformerLayer
 from lemma_fast.model.prior import Prior
+from lemma_fast.ops.weights import CrossAttentionWeights, PackedLayers
 
 
 class ExactGuidance(nn.Module):
@@ -75,13 +76,17 @@ class FoldedGuidance(nn.Module):
             self.ops = fused
             region = guidance.pixel_to_region
             assert region.bias is not None
-            self.region_weights = plan.keep(region.weight.detach()), plan.keep(region.bias.detach())
+            # As the kernels read them, so that no call has to pack them.
+            weight = plan.keep(region.weight.detach().permute(2, 3, 1, 0)).permute(3, 2, 0, 1)
+            self.region_weights = weight, plan.keep(region.bias.detach())
             self.layer_weights = [
-                [type(weights)(*(plan.keep(w.detach()) for w in weights)) for weights in table]
-                for table in (
-                    [layer_weights(layer) for layer in to_text],
-                    [layer_weights(layer) for layer in to_image],
+                PackedLayers(
+                    [
+                        CrossAttentionWeights(*(plan.keep(w.detach()) for w in layer_weights(m)))
+                        for m in modules
+                    ]
                 )
+                for modules in (to_text, to_image)
             ]
             return
         self.to_text_queries = nn.ModuleList(Product(projections(m, 0, 1), plan) for m in to_text)

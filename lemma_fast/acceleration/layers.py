@@ -7,8 +7,7 @@ channels-last, so that a map [N, C, H, W] is rows [N, H * W, C] without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from lemma_fast.acceleration.folding import Affine, conv, linear, wide
 from lemma_fast.model.layers import Attention, ConvNorm, TransformerLayer
 from lemma_fast.ops import Activation, cpu
+from lemma_fast.ops.precision import tensor_cores
 
 SMALLEST_WINOGRAD = 16
 # From this many channels on, for few positions what counts is how many weights are read: those
@@ -36,7 +36,7 @@ class Plan:
     dtype: torch.dtype
     packed: bool
     """oneDNN's packed weights."""
-    native: bool
+    cpp: bool
     """The C++ operations of the CPU."""
     fused: bool
     """The Triton kernels of `ops.fused`."""
@@ -92,7 +92,7 @@ class Conv(nn.Module):
         self.few: Tensor | None = None
         self.product: Product | None = None
         self.winograd = (
-            plan.native
+            plan.cpp
             and (height, width, *self.stride) == (3, 3, 1, 1)
             and min(C, D) >= SMALLEST_WINOGRAD
         )
@@ -248,18 +248,3 @@ def mish(x: Tensor) -> Tensor:
     e = x.clamp(max=20).exp_()
     e = torch.addcmul(2 * e, e, e)
     return x.mul(e.div_(e + 2))
-
-
-@contextmanager
-def tensor_cores(tf32: bool | None) -> Iterator[None]:
-    """Let fp32 products and convolutions on CUDA use TF32 or not; None leaves PyTorch's setting."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    if tf32 is None or before == (tf32, tf32):
-        yield
-        return
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

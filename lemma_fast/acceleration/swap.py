@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.acceleration.blocks import CompiledAdaFM, FoldedAdaFM, FoldedBiGRU, FoldedUpsampler
@@ -25,7 +26,7 @@ from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.blocks import AdaFM, BiGRU, RecurrentBlock, Upsampler
 from lemma_fast.model.layers import ConvNorm, TransformerLayer
-from lemma_fast.model.prior import Language, PositionAttention, TextPrior
+from lemma_fast.model.prior import Language, PositionAttention, TextPrior, Vision
 
 
 class Enter(nn.Module):
@@ -39,6 +40,17 @@ class Enter(nn.Module):
         return lr.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
 
+class Slope(nn.Module):
+    """PReLU with its slope in the network's precision."""
+
+    def __init__(self, act: nn.PReLU, plan: Plan) -> None:
+        super().__init__()
+        self.slope = plan.keep(act.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.prelu(x, self.slope)
+
+
 def folded(model: LEMMA, plan: Plan, with_attention: bool = True) -> LEMMA:
     """Copy a network for evaluation as `plan` says; the original is not changed.
 
@@ -48,12 +60,12 @@ def folded(model: LEMMA, plan: Plan, with_attention: bool = True) -> LEMMA:
     network = copy.deepcopy(model).eval().requires_grad_(False)
     network.rectifier = None
     prior, guidance = network.prior, network.guidance
-    # These two stay apart from the rest's precision.
+    # These two have forms of their own.
     network.prior, network.guidance = nn.Identity(), nn.Identity()
     network.stem = nn.Sequential(Enter(plan.dtype), swap(network.stem, plan))
-    swap(network, plan).to(plan.device, plan.dtype)
+    swap(network, plan)
     if isinstance(prior, TextPrior):
-        swap(prior, plan).to(plan.device, plan.dtype)
+        swap(prior, plan)
         network.prior = FoldedPrior(prior, plan, with_attention)
     else:
         network.prior = ExactPrior(prior, plan, with_attention)
@@ -71,6 +83,8 @@ def swap(module: nn.Module, plan: Plan) -> nn.Module:
             return Conv(conv(module), plan, (module.stride[0], module.stride[1]))
         case nn.Linear():
             return Product(linear(module), plan)
+        case nn.PReLU():
+            return Slope(module, plan)
         case TransformerLayer():
             return SelfAttention(module, plan)
         case Language():
@@ -85,6 +99,8 @@ def swap(module: nn.Module, plan: Plan) -> nn.Module:
             # The norm lies before the GRU's input products.
             module.horizontal = FoldedBiGRU(module.horizontal, plan, module.norm)
             module.norm = nn.Identity()
+        case Vision():
+            module.positions = plan.keep(module.positions)
         case PositionAttention():
             down, up = swap(module.down, plan), swap(module.up, plan)
             return FoldedPositionAttention(module, down, up, plan)

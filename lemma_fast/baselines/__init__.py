@@ -22,8 +22,6 @@ from lemma_fast.baselines.networks import (
     SRResNet,
     build_baseline,
     create_baseline,
-    device_of,
-    super_resolve,
 )
 
 __all__ = [
@@ -37,10 +35,8 @@ __all__ = [
     "build_baseline",
     "check_name",
     "create_baseline",
-    "device_of",
     "list_baselines",
     "load_baseline",
     "open_network",
     "save_baseline",
-    "super_resolve",
 ]

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lemma_fast import checkpoint
 from lemma_fast.baselines.config import NOT_IMPLEMENTED, BaselineConfig, check_name, list_baselines
 from lemma_fast.baselines.networks import Baseline, build_baseline, create_baseline
 from lemma_fast.checkpoint.files import (
     CheckpointError,
+    is_safetensors,
     load_strictly,
+    read_metadata,
     read_safetensors,
     save_weights,
 )
@@ -62,7 +63,8 @@ def open_network(source: str | Path, device: str | torch.device = "cpu") -> LEMM
     In evaluation mode. Raises CheckpointError, also for a baseline's name where weights are needed.
     """
     name = str(source)
-    if not Path(name).exists() and name.lower() in (*list_baselines(), *NOT_IMPLEMENTED):
+    is_name = isinstance(source, str) or not Path(name).exists()
+    if is_name and name.lower() in (*list_baselines(), *NOT_IMPLEMENTED):
         if name == "bicubic":
             return create_baseline(name).to(device).eval()
         try:
@@ -74,16 +76,6 @@ def open_network(source: str | Path, device: str | torch.device = "cpu") -> LEMM
             f"{name}), and pass the file"
         )
     path = checkpoint.locate(source)
-    if path.suffix == ".safetensors" and _format(path) == FORMAT:
+    if is_safetensors(path) and read_metadata(path).get("format") == FORMAT:
         return load_baseline(path, device)
     return checkpoint.load(path, device)
-
-
-def _format(path: Path) -> str | None:
-    """`format` in a file's metadata, of which the tensors are not read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format")
-    except (SafetensorError, OSError):
-        # Whoever opens it next says what is wrong.
-        return None

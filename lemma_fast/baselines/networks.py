@@ -1,19 +1,16 @@
-"""The networks of the baselines, and what runs them and LEMMA alike."""
+"""The networks of the baselines."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.baselines.config import BaselineConfig
-from lemma_fast.model import LEMMA
 from lemma_fast.model.blocks import BiGRU, Upsampler
 from lemma_fast.model.layers import ConvNorm
-from lemma_fast.model.prior import Prior
 from lemma_fast.model.rectify import Rectifier
 from lemma_fast.ops import Operations, reference
 
@@ -170,19 +167,3 @@ def build_baseline(config: BaselineConfig, ops: Operations = reference) -> Basel
 def enlarge(lr: Tensor) -> Tensor:
     """Double [N, C, H, W] by bicubic interpolation, not clamped."""
     return F.interpolate(lr, scale_factor=2, mode="bicubic", align_corners=False)
-
-
-def super_resolve(model: LEMMA | Baseline, lr: Tensor) -> tuple[Tensor, Prior | None]:
-    """Run either kind on RGB and mask [N, 4, 16, 64]; a baseline has no prior.
-
-    The result has as many channels as the network: three colours, and the mask where it has one.
-    """
-    if isinstance(model, Baseline):
-        return model(lr[:, : model.config.in_channels]), None
-    sr, prior = model(lr)
-    return sr, prior
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a network is, bicubic's too, which has no parameters."""
-    return next(chain(model.parameters(), model.buffers())).device

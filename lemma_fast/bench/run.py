@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from lemma_fast.atomic import replacing
-from lemma_fast.bench.stages import stage_rows, time_training
+from lemma_fast.bench.stages import stage_rows
 from lemma_fast.bench.timing import bytes_per_second, environment, flops_per_second
+from lemma_fast.bench.training import time_training
 from lemma_fast.bench.variants import PRECISIONS, Plan, Row, time_model
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
@@ -82,4 +83,6 @@ def as_line(part: str, row: Row) -> str:
         return f"{head} {row['status']}: {row['reason']} {off}".rstrip()
     median, low, high = (1e3 * row["seconds"][name] for name in ("median", "low", "high"))
     ratio = f"{row['ratio']['median']:.2f}x" if "ratio" in row else ""
+    if row["status"] == "differs":
+        off += f", DIFFERS: {row['reason']}"
     return f"{head} {median:9.2f} ms ({low:.2f} to {high:.2f}) {ratio:>7}  {off}"

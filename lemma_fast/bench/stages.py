@@ -1,4 +1,4 @@
-"""What share of a forward pass each stage takes, and what a training step costs."""
+"""What share of a forward pass each stage takes."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.acceleration import accelerate
-from lemma_fast.bench.timing import Clock, Timed, ratios, spread
+from lemma_fast.bench.timing import Clock, Timed, spread
 from lemma_fast.bench.variants import (
-    PRECISIONS,
-    TOLERANCE,
     Plan,
     Row,
-    Unavailable,
     crops,
-    failed,
-    precision,
-    time_rows,
 )
 from lemma_fast.model import LEMMA
 
@@ -43,8 +35,6 @@ STAGES = {
     "upsampler": r"upsampler",
 }
 REST = "rest"
-#: Variants that have a backward pass.
-TRAINABLE = ("reference", "compiled", "accelerated")
 
 
 class _Watch:
@@ -148,127 +138,3 @@ def stage_rows(name: str, model: LEMMA, device: torch.device, plan: Plan) -> Ite
                 "batch": batch,
                 "stages": stage_shares(network, lr, device, rounds),
             }
-
-
-class Training:
-    """Training steps (forward, loss, backward, Adam) of one network on one batch of crops.
-
-    The loss is that of the pixels and of the prior's logits. A variant that makes another step
-    without dropout than the reference, by loss and gradients, is not to be timed.
-    """
-
-    def __init__(
-        self, name: str, model: LEMMA, device: torch.device, plan: Plan, batch: int
-    ) -> None:
-        self.model, self.device, self.plan = model, device, plan
-        self.about = {"model": name, "batch": batch}
-        self.lr = crops(model, batch, device)
-        config = model.config
-        hr = torch.rand(batch, config.in_channels, *(config.scale * side for side in config.size))
-        ids = torch.randint(0, config.num_classes, (batch, config.max_length))
-        self.targets = hr.to(device), ids.to(device)
-        self.exact = self._gradients("reference", "float32")
-
-    def prepare(self, variant: str, kind: str) -> tuple[Row, Timed | None]:
-        """Start a row and make the step to be timed; None, and the reason, where there is none."""
-        row: Row = {**self.about, "variant": variant, "precision": kind}
-        try:
-            row["deviation"] = _far(self._gradients(variant, kind), self.exact)
-            # Gradients may be five times as far as values.
-            if variant != "reference" and not row["deviation"] <= 5 * TOLERANCE[kind]:
-                reason = f"five times {TOLERANCE[kind]:.0e} is allowed"
-                return row | {"status": "differs", "reason": reason}, None
-            network = self._trainable(variant, copy.deepcopy(self.model))
-            optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-            step = Timed(partial(self._step, network, optimizer, kind), partial(precision, kind))
-            row["peak_bytes"] = _peak(step, self.device)
-        except Unavailable as missing:
-            return row | {"status": "unavailable", "reason": str(missing)}, None
-        except Exception as error:  # noqa: BLE001  (Triton's share no base with others)
-            return row | failed(error), None
-        return row | {"status": "timed"}, step
-
-    def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, kind: str) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        self._loss(network, kind).backward()
-        optimizer.step()
-
-    def _loss(self, network: nn.Module, kind: str) -> Tensor:
-        hr, ids = self.targets
-        dtype = PRECISIONS[kind]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            sr, prior = network(self.lr)
-        read = (prior.img_logits, prior.text_logits)
-        first, second = (F.cross_entropy(x.float().flatten(0, 1), ids.flatten()) for x in read)
-        return F.mse_loss(sr.float(), hr) + 0.01 * (first + second)
-
-    def _gradients(self, variant: str, kind: str) -> tuple[Tensor, Tensor]:
-        """Loss and gradient (all of it, in one vector) of a step without dropout."""
-        config = self.model.config
-        still = LEMMA(replace(config, dropout=0.0, prior=replace(config.prior, dropout=0.0)))
-        still.load_state_dict(self.model.state_dict())
-        network = self._trainable(variant, still)
-        with precision(kind):
-            loss = self._loss(network, kind)
-            loss.backward()
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        return loss.detach(), torch.cat([g.flatten().float() for g in gradients])
-
-    def _trainable(self, variant: str, network: LEMMA) -> nn.Module:
-        network = network.to(self.device).train()
-        if variant == "compiled":
-            mode = self.plan.compile_mode if self.device.type == "cuda" else None
-            return torch.compile(network, dynamic=False, mode=mode)  # type: ignore[return-value]
-        if variant == "accelerated":
-            try:
-                return accelerate(network, training=True)
-            except ImportError as error:
-                raise Unavailable(str(error)) from error
-        return network
-
-
-def time_training(
-    name: str, model: LEMMA, device: torch.device, plan: Plan, batch: int
-) -> Iterator[Row]:
-    """Time a training step of every variant, in turn; ratios are within a precision."""
-    training = Training(name, model, device, plan, batch)
-    rows: dict[tuple[str, str], Row] = {}
-    steps: dict[tuple[str, str], Timed] = {}
-    for kind in plan.precisions:
-        for variant in plan.variants:
-            # fp16 wants a scaler; and the other runtimes do not train.
-            if kind == "float16" or variant not in TRAINABLE:
-                continue
-            rows[variant, kind], step = training.prepare(variant, kind)
-            if step is not None:
-                steps[variant, kind] = step
-    samples = time_rows(rows, steps, Clock(device, wall=False), plan)
-    for (variant, kind), own in samples.items():
-        if ("reference", kind) in samples:
-            rows[variant, kind]["ratio"] = ratios(samples["reference", kind], own)
-    yield from rows.values()
-
-
-def _far(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
-    """The larger of the relative deviations of loss and gradient."""
-    worst = 0.0
-    for got, expected in zip(found, exact, strict=True):
-        if got.shape != expected.shape:
-            return float("inf")
-        wide = expected.double()
-        far = ((got.double() - wide).norm() / wide.norm()).item()
-        # max() would pass over NaN.
-        worst = far if not far <= worst else worst
-    return worst
-
-
-def _peak(step: Timed, device: torch.device) -> int | None:
-    """Bytes that a second step takes at most, beyond what is there between steps."""
-    with step.setting():
-        step.call()
-        if device.type != "cuda":
-            return None
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step.call()
-        return torch.cuda.max_memory_allocated(device) - before

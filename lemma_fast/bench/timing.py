@@ -23,6 +23,8 @@ from typing import TypeVar
 
 import torch
 
+from lemma_fast.ops.precision import tensor_cores
+
 #: How a variant is run: a call, and what has to be set around it (not timed).
 Call = Callable[[], object]
 Setting = Callable[[], AbstractContextManager[object]]
@@ -145,12 +147,8 @@ def flops_per_second(device: torch.device, dtype: torch.dtype, tf32: bool = Fals
     """Rate of a large square matrix product of `dtype`."""
     size = 8192 if device.type == "cuda" else 1536
     a = torch.randn(size, size, device=device).to(dtype)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
+    with tensor_cores(tf32):
         return 2 * size**3 / _best(lambda: a @ a, device)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _best(call: Call, device: torch.device, repeats: int = 10) -> float:

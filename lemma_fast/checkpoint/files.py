@@ -9,22 +9,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lemma_fast.atomic import replacing
+from lemma_fast.outputs import reason
 
 Config = TypeVar("Config")
+Value = TypeVar("Value")
 
 # What published files wrap their tensors in.
 _WRAPPERS = ("state_dict_G", "model", "state_dict")
+# What wrappers of networks put into the names of tensors, at any depth.
+_WRAPPER_PARTS = ("_orig_mod", "module")
 
 
 class CheckpointError(ValueError):
@@ -45,21 +49,46 @@ class CheckpointMissing(CheckpointError, FileNotFoundError):
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, on the CPU."""
+    with _opened(path) as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file, of which the tensors are not read."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; raises CheckpointError, also for what fails inside the block."""
     try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        # Safetensors calls a file that may not be read one that is not there, and takes no name
+        # that is not UTF-8; Python knows better.
+        with path.open("rb") as plain:
+            name: str | Path = path
+            if not str(path).isprintable():
+                name = f"/proc/self/fd/{plain.fileno()}"
+            with safe_open(name, framework="pt") as file:
+                yield file
     except FileNotFoundError as error:
         raise CheckpointMissing(path) from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from error
+    # Headers that are damaged make it raise KeyError, TypeError, ValueError and more.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({reason(error)})"
+        ) from error
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a `.safetensors` with its metadata, or of a `torch.save` file, which has none."""
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
+    if is_safetensors(path):
+        state, metadata = read_safetensors(path)
+        return plain_names(path, state), metadata
     return read_published(path), {}
 
 
@@ -71,31 +100,76 @@ def read_published(path: Path) -> dict[str, Tensor]:
 def unpickled(path: Path) -> object:
     """What a `torch.save` file holds, if that is tensors and plain values only."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointMissing(path) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from error
     except pickle.UnpicklingError as error:
         # PyTorch's own message advises to switch this protection off.
-        raise CheckpointError(
-            f"{path}: refused, it is no checkpoint, or holds Python objects beside tensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+        raise CheckpointError(f"{path}: refused, {_what_is_in_the_way(path)}") from error
+    # A damaged file makes PyTorch raise RuntimeError, EOFError, KeyError, AttributeError and more.
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason(error)})") from error
+
+
+def _what_is_in_the_way(path: Path) -> str:
+    """Name the Python objects that a `torch.save` file holds, and the safe ways past them."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # noqa: BLE001  (of a file that is damaged too, this is all there is to say)
+        names = []
+    if not names:
+        return "it is no checkpoint, or holds Python objects beside tensors"
+    return (
+        f"it holds Python objects beside tensors ({', '.join(sorted(names))}), and loading these "
+        "can run code: save its state_dict alone where it was made, or, if you trust these types, "
+        "allow them in Python with torch.serialization.add_safe_globals before lemma_fast.load"
+    )
 
 
 def named_tensors(path: Path, content: object) -> dict[str, Tensor]:
-    """The tensors in what `unpickled` returned, without wrapper and `module.` prefix."""
+    """The tensors in what `unpickled` returned, by `plain_names`, out of a known wrapper."""
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
-    state = {str(name).removeprefix("module."): value for name, value in content.items()}
+    state = plain_names(path, {str(name): value for name, value in content.items()})
     if strangers := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(f"{path}: not all entries are tensors: {listed(strangers)}")
     return state
+
+
+def plain_names(source: object, state: Mapping[str, Value]) -> dict[str, Value]:
+    """Take out of the names what wrappers of a network, or of parts of it, put in.
+
+    These are `module.` (DataParallel and its kind) and `_orig_mod.` (torch.compile). `source` is
+    for the message of the CheckpointError where two names become one.
+    """
+    plain: dict[str, Value] = {}
+    for name, value in state.items():
+        short = ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+        if short in plain:
+            raise CheckpointError(f"{source}: has {short} twice, in a wrapper and without")
+        plain[short] = value
+    return plain
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network in the wrappers of torch.compile and DataParallel, or `model` itself."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors, by its ending in any case."""
+    return path.suffix.lower() == ".safetensors"
 
 
 def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -156,9 +230,15 @@ def config_from_json(kind: type[Config], text: str) -> Config:
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write the model's tensors and `metadata` as safetensors, all or nothing."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    tensors = stored_tensors(model)
     with replacing(Path(path)) as partial:
         save_file(tensors, partial, metadata=dict(metadata))
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors as a file holds them: on the CPU, dense, by `plain_names`."""
+    state = plain_names(type(model).__name__, model.state_dict())
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def config_to_json(config: Any) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -23,53 +23,45 @@ from torch import Tensor
 from lemma_fast.atomic import replacing
 from lemma_fast.checkpoint.files import (
     CheckpointError,
-    CheckpointMissing,
     check_fit,
     config_from_json,
+    is_safetensors,
     listed,
     load_strictly,
     named_tensors,
-    read_published,
+    plain_names,
     read_safetensors,
     read_weights,
+    stored_tensors,
     unpickled,
+    unwrapped,
 )
+from lemma_fast.checkpoint.locate import locate
 from lemma_fast.checkpoint.published import extra_tables, infer_config, name_map, published_name
 from lemma_fast.config import CRNNConfig, LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import TextPrior
+from lemma_fast.outputs import reason
 from lemma_fast.recognizers.crnn import CRNN
 
 if TYPE_CHECKING:
     from lemma_fast.model.crnn_prior import CRNNPrior
 
 __all__ = [
-    "CheckpointError",
-    "CheckpointMissing",
     "convert",
     "digest",
     "file_digest",
     "from_published",
-    "is_hub_id",
     "load",
     "load_prior",
-    "locate",
-    "packaged",
-    "read_published",
+    "not_finite",
     "save",
     "to_published",
     "verify",
 ]
 
 FORMAT = "lemma-fast 1"
-HUB_FILE = "model.safetensors"
 CONFIG_KEY = "lemma_fast_config"
-
-
-def packaged() -> dict[str, Path]:
-    """Names and files of the weights that came with this installation; may be empty."""
-    folder = Path(str(resources.files("lemma_fast"))) / "weights"
-    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
 def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
@@ -79,13 +71,13 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
     written by `save_pretrained`, or a Hugging Face Hub id ("owner/name"). Raises CheckpointError.
     """
     path = locate(source)
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         model = _load_ours(path)
     else:
         try:
             content = unpickled(path)
             model = from_published(named_tensors(path, content), _carried_config(content))
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
             raise CheckpointError(_prefixed(path, error)) from error
     return model.to(device).eval()
 
@@ -93,14 +85,14 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
 def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:
     """Write `model` as safetensors with its config, a digest of its tensors, and `provenance`.
 
-    Raises CheckpointError where the file cannot be written; nothing is left behind then.
+    The wrappers of torch.compile and DataParallel, around the whole or a part, are left out. Raises
+    CheckpointError where the file cannot be written; nothing is left behind then.
     """
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+    network = cast(LEMMA, unwrapped(model))
+    state = stored_tensors(network)
     metadata = {
         "format": FORMAT,
-        "config": json.dumps(model.config.to_dict()),
+        "config": json.dumps(network.config.to_dict()),
         "sha256": digest(state),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **(provenance or {}),
@@ -116,25 +108,35 @@ def verify(path: str | Path) -> str:
     return _check_digest(path, state, metadata)
 
 
-def convert(source: str | Path, target: str | Path) -> None:
+def convert(source: str | Path, target: str | Path) -> LEMMA:
     """Turn a published checkpoint (.pth, .pt) into ours (.safetensors), or the other way.
 
-    The direction follows the suffix of `target`. Raises CheckpointError.
+    The direction follows the suffix of `target`. Returns the network, of which `not_finite` tells
+    more. Raises CheckpointError.
     """
     source, target = locate(source), Path(target)
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise CheckpointError(f"{target}: it is the file that is read")
     model = load(source)
-    if target.suffix == ".safetensors":
-        origin = {"source": source.name, "source_sha256": file_digest(source)}
-        save(model, target, origin)
-    elif target.suffix in (".pth", ".pt"):
+    if is_safetensors(target):
+        # A file's name may be no text at all.
+        name = source.name.encode("utf-8", "backslashreplace").decode()
+        save(model, target, {"source": name, "source_sha256": file_digest(source)})
+    elif target.suffix.lower() in (".pth", ".pt"):
         # Shapes do not tell everything, heads for one.
         published = {"state_dict_G": to_published(model), CONFIG_KEY: model.config.to_dict()}
-        with _complete(target) as partial:
-            torch.save(published, partial)
+        with _complete(target) as partial, partial.open("wb") as file:
+            torch.save(published, file)
     else:
         raise CheckpointError(
             f"{target}: the name must end in .safetensors (ours) or .pth (published form)"
         )
+    return model
+
+
+def not_finite(model: LEMMA) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
 
 def to_published(model: LEMMA) -> dict[str, Tensor]:
@@ -142,23 +144,24 @@ def to_published(model: LEMMA) -> dict[str, Tensor]:
 
     Raises CheckpointError where a switch of the config made a module that was never published.
     """
-    names = name_map(model.config)
-    state = model.state_dict()
+    network = cast(LEMMA, unwrapped(model))
+    names = name_map(network.config)
+    state = plain_names("the network", network.state_dict())
     if nameless := [name for name in state if published_name(name, names) is None]:
         raise CheckpointError(f"the published network has no place for {listed(nameless)}")
     renamed = {published_name(name, names) or name: tensor for name, tensor in state.items()}
     # Their position tables are [length, 1, width].
     published = {n: t[:, None] if n.endswith(".pe") else t for n, t in renamed.items()}
-    return published | extra_tables(state, model.config)
+    return published | extra_tables(state, network.config)
 
 
 def from_published(state: Mapping[str, Tensor], config: LemmaConfig | None = None) -> LEMMA:
-    """Build a network from tensors under published names, with or without a `module.` prefix.
+    """Build a network from tensors under published names, with or without the names of wrappers.
 
     `config` is inferred from the shapes where it is not given. Raises CheckpointError that names
     missing, unexpected or misshapen tensors, before anything is copied.
     """
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = plain_names("the checkpoint", state)
     if config is None:
         try:
             config = infer_config(state)
@@ -255,52 +258,6 @@ def file_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def locate(source: str | Path, **hub_options: Any) -> Path:
-    """A local file for `source`; downloads from the Hub only where nothing local has the name.
-
-    `hub_options` are those of `huggingface_hub.hf_hub_download` (revision, token, ...).
-    """
-    path = Path(source)
-    if path.is_dir():
-        path = path / HUB_FILE
-    if path.is_file():
-        return path
-    name = str(source)
-    if name in packaged():
-        return packaged()[name]
-    if is_hub_id(name):
-        return _download(name, hub_options)
-    if _is_file_name(path):
-        raise CheckpointMissing(path)
-    if not packaged():
-        raise CheckpointError(
-            f"no weights named {name!r}: this version packages none; pass a file (a published "
-            "LEMMA .pth, or a .safetensors that `lemma-fast convert` made) or a Hugging Face id"
-        )
-    raise CheckpointError(f"no weights named {name!r}: packaged are {', '.join(packaged())}")
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether `locate` asks the Hub for `source`: "owner/name", and nothing local is called so."""
-    path = Path(source)
-    return source.count("/") == 1 and not _is_file_name(path) and not path.exists()
-
-
-def _is_file_name(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".pth", ".pt") or path.is_absolute()
-
-
-def _download(name: str, options: Mapping[str, Any]) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(name, HUB_FILE, **options))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{name}: not a local file, and the Hub says: {reason}") from error
-
-
 def _load_ours(path: Path) -> LEMMA:
     state, metadata = read_safetensors(path)
     try:
@@ -308,14 +265,16 @@ def _load_ours(path: Path) -> LEMMA:
             raise CheckpointError(f"its format is {metadata['format']!r}, not {FORMAT!r}")
         if "config" in metadata:
             config = LemmaConfig.from_dict(json.loads(metadata["config"]))
-        elif any(name.startswith("guidanceGen.") for name in state):
+        elif any(name.startswith("guidanceGen.") for name in plain_names(path, state)):
             return from_published(state)
         else:
             raise CheckpointError("it carries no config: it was not written by lemma-fast")
         _check_digest(path, state, metadata)
+        state = plain_names(path, state)
         model = LEMMA(config)
         check_fit(state, model.state_dict())
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    # A config that is damaged may also ask for more memory than there is.
+    except (ValueError, KeyError, TypeError, RecursionError, RuntimeError, MemoryError) as error:
         raise CheckpointError(_prefixed(path, error)) from error
     model.load_state_dict(state)
     return model
@@ -330,7 +289,7 @@ def _complete(path: Path) -> Iterator[Path]:
         with replacing(path) as partial:
             yield partial
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+        raise CheckpointError(f"{path}: cannot be written ({reason(error)})") from error
 
 
 def _check_digest(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -343,5 +302,5 @@ def _check_digest(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def _prefixed(path: Path, error: Exception) -> str:
-    message = str(error)
+    message = reason(error)
     return message if message.startswith(str(path)) else f"{path}: {message}"

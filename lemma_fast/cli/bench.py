@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lemma_fast.cli.errors import fail
+from lemma_fast.cli.exits import fail, interruptible, misused, say
+from lemma_fast.outputs import OutputError, check_output, reason
 
 if TYPE_CHECKING:
     from lemma_fast.model import LEMMA
@@ -56,7 +58,8 @@ def bench(
         Optional[str],  # noqa: UP045
         typer.Option(
             metavar="NAME[,NAME]...",
-            help="Of reference, compiled, accelerated, onnxruntime, openvino.",
+            help="Of reference, reference-cast (weights cast to the half type), compiled, "
+            "accelerated, onnxruntime, openvino.",
             show_default=False,
         ),
     ] = None,
@@ -87,19 +90,28 @@ def bench(
         Optional[Path],  # noqa: UP045
         typer.Option("-o", "--output", metavar="FILE", help="Write everything there as JSON."),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace a FILE that is not of an earlier benchmark."),
+    ] = False,
 ) -> None:
     """Time the network: reference, compiled, accelerated, and in other runtimes.
 
-    A variant that does not return what the reference does is not timed. Variants take turns, and
+    A variant that does not return what the reference does is marked. Variants take turns, and
     ratios are those of one run. The file is rewritten after each batch size, so that a run that is
     stopped keeps what it has.
     """
+    if output is not None:
+        try:
+            check_output(
+                output, "-o", overwrite=overwrite, inputs=model or [], made_here=_is_record
+            )
+        except OutputError as error:
+            misused(error)
     from lemma_fast.bench.run import run
     from lemma_fast.bench.variants import PRECISIONS, VARIANTS, default_plan
-    from lemma_fast.upscale import choose_device
+    from lemma_fast.devices import choose_device
 
-    if output is not None and not output.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {output.parent}")
     try:
         where = choose_device(device)
     except (ValueError, RuntimeError) as error:
@@ -113,18 +125,24 @@ def bench(
         seconds=plan.seconds if seconds is None else seconds,
         compile_mode=compile_mode or plan.compile_mode,
     )
+    networks = _networks(model or [], random or [])
+    kept = "nothing was kept"
+    if output is not None:
+        kept = f"every batch size that was finished is in {output}"
     try:
-        run(
-            _networks(model or [], random or []),
-            where,
-            plan,
-            training,
-            stages,
-            output,
-            typer.echo,
-        )
+        with interruptible(kept):
+            run(networks, where, plan, training, stages, output, say)
     except OSError as error:
-        fail(f"cannot write {output}: {error.strerror or error}")
+        fail(f"cannot write {output}: {reason(error)}")
+
+
+def _is_record(path: Path) -> bool:
+    """Whether an earlier benchmark wrote this file."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"environment", "rows"} <= record.keys()
 
 
 def _networks(names: Sequence[str], sizes: Sequence[str]) -> list[tuple[str, LEMMA]]:

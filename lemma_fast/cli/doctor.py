@@ -1,4 +1,4 @@
-"""`lemma-fast doctor`: what this installation is made of, and what it would choose."""
+"""The command `lemma-fast doctor`: what this installation is made of, and what it would choose."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator
 
+import typer
+
+from lemma_fast.cli.exits import say
+from lemma_fast.outputs import reason
+
 PACKAGES = ("lemma-fast", "torch", "numpy", "pillow", "safetensors", "huggingface_hub", "triton")
+
+
+def doctor() -> None:
+    """Show versions, devices, what auto chooses and why, and check the packaged weights.
+
+    Paste the output into a bug report. Exit code 1 where something is broken.
+    """
+    sound = True
+    for subject, finding, in_order in lines():
+        sound = sound and in_order
+        say(f"{subject:<16} {'' if in_order else 'BROKEN: '}{finding}")
+    raise typer.Exit(not sound)
 
 
 def lines() -> Iterator[tuple[str, str, bool]]:
@@ -21,9 +38,7 @@ def lines() -> Iterator[tuple[str, str, bool]]:
     yield "extension", *_extension()
     yield "CPU", f"{torch.get_num_threads()} threads", True
     yield from _devices()
-    yield "device auto", _device_choice(), True
-    yield "dtype auto", "float32, on CUDA with PyTorch's TF32 setting; bfloat16 if asked for", True
-    yield "backend auto", "reference (plain PyTorch): the only backend of this version", True
+    yield from _choices()
     yield from _weights()
 
 
@@ -51,10 +66,10 @@ def _extension() -> tuple[str, bool]:
         return f"{why}; the reference needs none", True
     try:
         info = extension.build_info()
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         return str(error), False
     cuda = f"for CUDA ({info['cuda']})" if info["cuda"] else "for the CPU alone"
-    return f"built {cuda} with torch {info['torch']}; AdaFM takes {info['cpu']} here", True
+    return f"built {cuda} with torch {info['torch']}; on the CPU it takes {info['cpu']} here", True
 
 
 def _devices() -> Iterator[tuple[str, str, bool]]:
@@ -71,12 +86,35 @@ def _devices() -> Iterator[tuple[str, str, bool]]:
         yield f"cuda:{index}", f"{about.name}, {memory:.0f} GiB, capability {capability}", True
 
 
-def _device_choice() -> str:
-    from lemma_fast.upscale import choose_device
+def _choices() -> Iterator[tuple[str, str, bool]]:
+    """What `upscale` would run with, as a network that is made the same way says it."""
+    import torch
+
+    from lemma_fast.acceleration import Accelerated
+    from lemma_fast.config import LemmaConfig
+    from lemma_fast.devices import choose_device
+    from lemma_fast.model import LEMMA
+    from lemma_fast.upscale import Upscaler
 
     device = choose_device("auto")
-    why = "the first CUDA device" if device.type == "cuda" else "there is no CUDA device"
-    return f"{device}: {why}"
+    on_cuda = device.type == "cuda"
+    yield "device auto", f"{device}: {'the first' if on_cuda else 'there is no'} CUDA device", True
+    try:
+        upscaler = Upscaler(LEMMA(LemmaConfig.small()).to(device))
+    except (ImportError, RuntimeError, ValueError) as error:
+        yield "backend auto", f"does not start: {reason(error)}", False
+        return
+    dtype = str(upscaler.dtype).removeprefix("torch.")
+    if on_cuda:
+        allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        dtype += ", TF32 by PyTorch's setting: products {}, convolutions {}".format(
+            *("on" if each else "off" for each in allowed)
+        )
+    yield "dtype auto", f"{dtype}; bfloat16 if asked for", True
+    assert isinstance(upscaler.network, Accelerated)
+    used = upscaler.network.describe()
+    parts = [f"{part}: {what}" for part, what in used.items() if part not in ("device", "dtype")]
+    yield "backend auto", f"the accelerated network; {'; '.join(parts)}", True
 
 
 def _weights() -> Iterator[tuple[str, str, bool]]:

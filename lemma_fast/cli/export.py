@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from lemma_fast.cli.errors import fail
+from lemma_fast.cli.exits import fail, interruptible, misused, say
+from lemma_fast.cli.options import MODEL_HELP
+from lemma_fast.outputs import OutputError, check_output
 
 
 def export(
     model: Annotated[
         str,
-        typer.Option(
-            help="A packaged name, a .safetensors of ours, a published .pth, or a Hugging Face "
-            "Hub id."
-        ),
+        typer.Option(help=MODEL_HELP),
     ] = "small",
     output: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads this on Python 3.10 too)
@@ -36,28 +34,30 @@ def export(
         typer.Option(help="Run the file in ONNX Runtime and compare it with PyTorch."),
     ] = True,
 ) -> None:
-    """Write the network as an ONNX file, for any batch size (extra: onnx).
+    """Write the network as an ONNX file, for any batch size from 1 on (extra: onnx).
 
-    The input lr is [N, 4, 16, 64] in [0, 1], RGB and a mask; the outputs are sr, attn_map,
+    The input lr is [N, 4, 16, 64] in [0, 1], RGB and a mask, N at least 1 (ONNX Runtime's GRU ends
+    the process at N = 0: leave empty batches out); the outputs are sr, attn_map,
     img_logits, text_logits and pt_lengths. A file that does not compute what PyTorch does is not
     written.
     """
     target = output if output is not None else Path(f"{Path(model).stem}.onnx")
-    if target.suffix != ".onnx":
-        raise typer.BadParameter(f"{target}: the name must end in .onnx")
-    if os.path.lexists(target) and not overwrite:
-        raise typer.BadParameter(f"{target} exists; --overwrite replaces it")
+    try:
+        check_output(target, "-o", overwrite=overwrite, inputs=[model], endings=(".onnx",))
+    except OutputError as error:
+        misused(error)
     from lemma_fast.checkpoint import CheckpointError, load
     from lemma_fast.onnx import ExportError, export_onnx
 
     try:
-        written = export_onnx(load(model), target, check=check)
+        with interruptible("nothing was written"):
+            written = export_onnx(load(model), target, check=check)
     except (CheckpointError, ExportError) as error:
         fail(str(error))
     megabytes = target.stat().st_size / 1e6
-    typer.echo(f"wrote {target}: {megabytes:.1f} MB, {written.grus} GRU nodes")
+    say(f"wrote {target}: {megabytes:.1f} MB, {written.grus} GRU nodes")
     if written.deviations is not None:
         name, worst = max(written.deviations.items(), key=lambda item: item[1])
-        typer.echo(f"checked in ONNX Runtime: at most {worst:.1e} from PyTorch ({name})")
+        say(f"checked in ONNX Runtime: at most {worst:.1e} from PyTorch ({name})")
     elif check:
-        typer.echo("not checked: ONNX Runtime is not installed (pip install 'lemma-fast[onnx]')")
+        say("not checked: ONNX Runtime is not installed (pip install 'lemma-fast[onnx]')")

@@ -8,17 +8,21 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
-from lemma_fast.images import Format, image_suffixes, reason
+from lemma_fast.cli.exits import misused
+from lemma_fast.images import Format, image_suffixes
+from lemma_fast.outputs import check_folder, reason
 
 if TYPE_CHECKING:
     from lemma_fast.recognizers import Reading
+    from lemma_fast.upscale import Upscaled
 
 Status = Literal["ok", "kept", "skipped", "error"]
 
 STDIN = "-"
 COMPARE = "_compare"
+_ENDINGS: dict[str, Format] = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Source:
 class Outcome:
     """What became of one input. `output` is None where nothing was written to a file.
 
-    `before` and `after` are what a recogniser read in the bicubic crop and in the result.
+    `found` is what the network returned. `before` and `after` are what a recogniser read in the
+    bicubic crop and in the result; `unread` says why it failed to.
     """
 
     source: Source
@@ -69,10 +74,10 @@ class Outcome:
     input_size: tuple[int, int] | None = None
     output_size: tuple[int, int] | None = None
     milliseconds: float = 0.0
-    text: str | None = None
-    length: int | None = None
+    found: Upscaled | None = None
     before: Reading | None = None
     after: Reading | None = None
+    unread: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def fail(self, reason: str) -> None:
@@ -112,7 +117,7 @@ class Inputs:
         for path in self._expanded():
             # Unlike Path.is_dir, this takes a path that may not be looked at for no folder.
             if os.path.isdir(path):
-                sources = self._folder(path, path)
+                sources = self._folder(path)
                 yield next(sources, None) or Source(path, fault=self._no_images())
                 yield from sources
             elif glob.has_magic(str(path)) and not os.path.lexists(path):
@@ -130,35 +135,37 @@ class Inputs:
                 continue
             # A pattern reaches us where the shell leaves it alone; a real name goes before.
             if glob.has_magic(text) and not os.path.lexists(text):
-                names = sorted(glob.glob(text, recursive=True))
-                yield from map(Path, names or [text])
+                yield from map(Path, _matches(text) or [text])
             else:
                 yield Path(text)
 
-    def _folder(self, folder: Path, top: Path) -> Iterator[Source]:
-        try:
-            with os.scandir(folder) as entries:
-                listed = sorted((entry.name, entry.is_dir()) for entry in entries)
-        except OSError as error:
-            yield Source(folder, fault=reason(error))
-            return
-        files = [name for name, is_folder in listed if not is_folder]
-        folders = [name for name, is_folder in listed if is_folder]
-        stems = {os.path.splitext(name)[0] for name in files}
-        below = folder.relative_to(top)
-        for name in files:
-            if not _looks_like_image(name):
-                if not name.startswith("."):
-                    self.not_images.append(os.path.join(folder, name))
-            elif self._is_earlier(name, stems):
-                self.earlier.append(os.path.join(folder, name))
-            else:
-                yield Source(folder / name, below)
-        for name in folders if self.recursive else ():
-            child = folder / name
-            # Links may form a circle, and the results' own folder is no input.
-            if not name.startswith(".") and not child.is_symlink() and not self._is_output(child):
-                yield from self._folder(child, top)
+    def _folder(self, top: Path) -> Iterator[Source]:
+        waiting = [top]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    listed = sorted((entry.name, _is_folder(entry)) for entry in entries)
+            except OSError as error:
+                yield Source(folder, fault=reason(error))
+                continue
+            files = [name for name, is_folder in listed if not is_folder]
+            folders = [name for name, is_folder in listed if is_folder]
+            stems = {os.path.splitext(name)[0] for name in files}
+            below = folder.relative_to(top)
+            for name in files:
+                if not _looks_like_image(name):
+                    if not name.startswith("."):
+                        self.not_images.append(os.path.join(folder, name))
+                elif self._is_earlier(name, stems):
+                    self.earlier.append(os.path.join(folder, name))
+                else:
+                    yield Source(folder / name, below)
+            for name in reversed(folders) if self.recursive else ():
+                child = folder / name
+                # Links may form a circle, and the results' own folder is no input.
+                if not (name.startswith(".") or child.is_symlink() or self._is_output(child)):
+                    waiting.append(child)
 
     def _is_earlier(self, name: str, stems: set[str]) -> bool:
         stem = os.path.splitext(name)[0]
@@ -168,7 +175,10 @@ class Inputs:
         return plain != stem and plain in stems
 
     def _is_output(self, folder: Path) -> bool:
-        return self.output is not None and real(folder) == real(self.output)
+        try:
+            return self.output is not None and os.path.samefile(folder, self.output)
+        except OSError:
+            return False
 
     def holds(self, path: Path) -> bool:
         """Whether an existing file is itself one of the inputs, and must not be written over."""
@@ -189,13 +199,18 @@ class Inputs:
         paths = list(self._expanded())
         folders = [path for path in paths if os.path.isdir(path)]
         named = [path for path in paths if not os.path.isdir(path)]
-        files = {real(path) for path in named} | {os.path.realpath(path) for path in named}
-        return files, [Path(os.path.realpath(folder)) for folder in folders]
+        files = {real(path) for path in named} | {_resolved(str(path)) for path in named}
+        return files, [Path(_resolved(str(folder))) for folder in folders]
 
     def _stems(self, folder: Path) -> set[str]:
         if folder not in self._stems_seen:
             # One folder at a time is enough: results come in the order of the inputs.
-            self._stems_seen = {folder: {os.path.splitext(name)[0] for name in os.listdir(folder)}}
+            try:
+                listed = os.listdir(folder)
+            except OSError:
+                # A folder that may be entered, not read: what lies there counts as an input.
+                listed = []
+            self._stems_seen = {folder: {os.path.splitext(name)[0] for name in listed}}
         return self._stems_seen[folder]
 
 
@@ -203,9 +218,35 @@ def _looks_like_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in image_suffixes()
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder; a link that leads nowhere or may not be followed is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the sorted names that a pattern matches; or ends the command."""
+    try:
+        return sorted(glob.glob(pattern, recursive=True))
+    except RecursionError:
+        misused(
+            f"{pattern}: the folders are nested too deep for a pattern; name a folder and use -r"
+        )
+
+
+def _resolved(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except (OSError, RecursionError):
+        # A chain of links that no system call would follow to its end.
+        return os.path.abspath(path)
+
+
 @functools.lru_cache(maxsize=1024)
 def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+    return _resolved(folder)
 
 
 def real(path: Path) -> str:
@@ -226,6 +267,27 @@ class Naming:
     output: Path | None = None
     file: Path | None = None
 
+    @classmethod
+    def chosen(
+        cls, paths: Sequence[str], output: str | None, suffix: str, form: str | None
+    ) -> Naming:
+        """Understand -o, --suffix and --format; ends the command, or raises OutputError."""
+        folder = None if output in (None, STDIN) else Path(str(output))
+        file = None if folder is None else _as_file(paths, folder, str(output))
+        if file is not None:
+            named = _ENDINGS[file.suffix.lower()]
+            if form not in (None, named):
+                misused(f"-o {file} contradicts --format {form}")
+            return cls(suffix, named, None, file)
+        if folder is not None:
+            if os.path.isfile(folder):
+                misused(
+                    f"-o {folder} is a file, neither a folder nor the name of an image "
+                    f"({', '.join(_ENDINGS)})"
+                )
+            check_folder(folder, "-o")
+        return cls(suffix, cast(Format, form or "png"), folder)
+
     def result(self, source: Source, ending: str | None = None) -> Path:
         """Name the result; `ending`, with its dot, replaces the format's."""
         if self.file is not None:
@@ -240,3 +302,20 @@ class Naming:
         if self.file is not None:
             return self.file.parent
         return source.path.parent if self.output is None else self.output / source.below
+
+
+def _as_file(paths: Sequence[str], output: Path, typed: str) -> Path | None:
+    """Return `-o` where it names a file: it looks like an image's name, and is no folder."""
+    if output.is_dir() or typed.endswith(("/", os.sep)):
+        return None
+    ending = output.suffix.lower()
+    if ending not in _ENDINGS:
+        if ending in image_suffixes():
+            misused(f"-o {output}: results are written as .png, .jpg or .webp")
+        return None
+    if len(paths) != 1 or os.path.isdir(paths[0]):
+        misused(f"-o {output} names one file: give one image, or -o a folder")
+    if not output.parent.is_dir():
+        misused(f"-o {output}: there is no folder {output.parent}")
+    check_folder(output.parent, "-o")
+    return output

@@ -26,12 +26,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lemma_fast import compare, images
+from lemma_fast.atomic import make_folder, replace_file, replacing
 from lemma_fast.cli.inputs import Inputs, Naming, Outcome, Source, real
 from lemma_fast.images import Frame, ImageError, Size
+from lemma_fast.outputs import OutputError, check_folder, reason
 from lemma_fast.recognizers import Recognizer
-from lemma_fast.upscale import Inferred, Upscaler
+from lemma_fast.upscale import Upscaled, Upscaler
 
 _WORKERS = min(8, (os.cpu_count() or 1) + 1)
+# Wider or taller, times the other side, than any word.
+_WIDE, _TALL = 12, 3
 _ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
 
 
@@ -74,6 +78,7 @@ class Stream:
         self._queue: deque[_Item] = deque()
         self._batch: list[_Item] = []
         self._claims: dict[str, Source] = {}
+        self._tried: tuple[Path, str | None] | None = None
         self._writers: ThreadPoolExecutor
 
     def __iter__(self) -> Iterator[Outcome]:
@@ -122,8 +127,9 @@ class Stream:
         except ImageError as error:
             outcome.fail(str(error))
             return item
-        outcome.notes.extend(crop.notes)
+        outcome.notes.extend([*crop.notes, *self._remarks(crop.rgb.size, item.kept)])
         if item.kept:
+            outcome.reason = f"taller than {self.keep_above} pixels, copied as it is"
             if not self._same_format(crop.format):
                 item.plain = crop.rgb
                 if crop.alpha is not None:
@@ -136,6 +142,15 @@ class Stream:
                 item.preview.thumbnail(compare.panel_size(item.frame.size))
         outcome.milliseconds += 1000 * (time.perf_counter() - began)
         return item
+
+    def _remarks(self, size: tuple[int, int], kept: bool) -> Iterator[str]:
+        """Say of what shapes the network can make nothing."""
+        width, height = size
+        if height > _TALL * width:
+            yield "much taller than wide: only words that run from left to right are read; turn it"
+        if width > _WIDE * height and not kept:
+            rows, columns = self.upscaler.config.size
+            yield f"much wider than a word, and seen at {columns}x{rows}: cut a line into its words"
 
     def _same_format(self, found: str | None) -> bool:
         """Whether a kept file's bytes suit the name they get: always, but for a name given."""
@@ -178,11 +193,23 @@ class Stream:
             )
         elif item.exists and not self.overwrite:
             outcome.skip(f"{target} exists; --overwrite replaces it")
+        elif why := self._why_not_to(target.parent):
+            outcome.fail(why)
         return outcome.status != "ok"
 
+    def _why_not_to(self, folder: Path) -> str | None:
+        """Say why no file can be written to a folder; results of one folder come in a row."""
+        if self._tried is None or self._tried[0] != folder:
+            try:
+                check_folder(folder)
+                self._tried = folder, None
+            except OutputError as error:
+                self._tried = folder, str(error)
+        return self._tried[1]
+
     def _is_input(self, source: Source, path: Path) -> bool:
-        own = source.data is None and path.exists() and source.path.samefile(path)
-        return own or self.inputs.holds(path)
+        given = source.data is None and os.path.exists(path) and os.path.exists(source.path)
+        return (given and os.path.samefile(source.path, path)) or self.inputs.holds(path)
 
     def _plan_comparison(self, item: _Item) -> None:
         outcome = item.outcome
@@ -209,37 +236,52 @@ class Stream:
             if isinstance(said, str):
                 item.outcome.fail(said)
             else:
+                item.outcome.found = said
                 item.future = self._writers.submit(self._write, item, said)
 
+    def _infer(self, batch: list[_Item]) -> list[Upscaled | str]:
+        """Run the network; a batch that fails is halved, so that at worst single files are lost."""
+        planes = np.stack([item.planes for item in batch if item.planes is not None])
+        try:
+            results = self.upscaler.infer(planes)
+        except (RuntimeError, MemoryError) as error:
+            why = reason(error)
+        else:
+            self._read_both(batch, planes, results)
+            return [*results]
+        if len(batch) == 1:
+            return [f"the network failed: {why}"]
+        batch[0].outcome.notes.append(f"a batch of {len(batch)} failed and was halved: {why}")
+        half = len(batch) // 2
+        return self._infer(batch[:half]) + self._infer(batch[half:])
+
     def _read_both(
-        self, batch: list[_Item], planes: npt.NDArray[np.float32], results: list[Inferred]
+        self, batch: list[_Item], planes: npt.NDArray[np.float32], results: list[Upscaled]
     ) -> None:
-        """Let the recogniser read the batch twice; the crops before in bicubic's enlargement."""
+        """Let the recogniser read the batch twice; the crops before in bicubic's enlargement.
+
+        Where it fails the results stay, and the batch is halved to find the crops to blame.
+        """
         if self.reader is None:
             return
         width, height = self.upscaler.native
         small = torch.from_numpy(planes[:, :3]).to(self.upscaler.device)
         before = F.interpolate(small, (height, width), mode="bicubic").clamp(0, 1)
-        pixels = torch.from_numpy(np.stack([said.pixels for said in results]))
+        pixels = torch.from_numpy(np.stack([np.asarray(said.image) for said in results]))
         after = pixels.to(self.upscaler.device).permute(0, 3, 1, 2).float() / 255
-        both = zip(self.reader.read(before), self.reader.read(after), strict=True)
-        for item, (first, second) in zip(batch, both, strict=True):
-            item.outcome.before, item.outcome.after = first, second
-
-    def _infer(self, batch: list[_Item]) -> list[Inferred | str]:
-        """Run the network; a batch that fails is halved, so that at worst single files are lost."""
-        planes = np.stack([item.planes for item in batch if item.planes is not None])
         try:
-            results = list(self.upscaler.infer(planes))
-            self._read_both(batch, planes, results)
-            return [*results]
-        except (RuntimeError, MemoryError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-        if len(batch) == 1:
-            return [f"the network failed: {reason}"]
-        batch[0].outcome.notes.append(f"a batch of {len(batch)} failed and was halved: {reason}")
-        half = len(batch) // 2
-        return self._infer(batch[:half]) + self._infer(batch[half:])
+            read = self.reader.read
+            readings = [*zip(batch, read(before), read(after), strict=True)]
+        except (RuntimeError, OSError, ValueError, MemoryError) as error:
+            if len(batch) == 1:
+                batch[0].outcome.unread = reason(error)
+                return
+            half = len(batch) // 2
+            for part in (slice(half), slice(half, None)):
+                self._read_both(batch[part], planes[part], results[part])
+            return
+        for item, first, second in readings:
+            item.outcome.before, item.outcome.after = first, second
 
     def _finished(self, limit: int) -> Iterator[Outcome]:
         """Yield what is done at the head of the queue, and wait while it is longer than `limit`."""
@@ -254,15 +296,14 @@ class Stream:
                 item.future.result()
             yield self._queue.popleft().outcome
 
-    def _write(self, item: _Item, said: Inferred) -> None:
+    def _write(self, item: _Item, said: Upscaled) -> None:
         """Make and store one result (in a writer thread)."""
         assert item.frame is not None
         began = time.perf_counter()
         outcome = item.outcome
-        outcome.text, outcome.length = said.text, said.length
         path = item.target
         try:
-            image = images.finish(said.pixels, item.frame)
+            image = images.finish(said.image, item.frame)
             self._store(image, item)
             outcome.output_size = image.size
             if outcome.compare is not None and item.preview is not None:
@@ -276,13 +317,13 @@ class Stream:
                     outcome.input_size or item.preview.size,
                     _texts(outcome),
                 )
-                images.write_atomically(path, images.encode(sheet, "png"))
+                replace_file(path, images.encode(sheet, "png"))
         except (OSError, ValueError, MemoryError) as error:
             outcome.fail(_cannot_write(path, error))
         outcome.milliseconds += 1000 * (time.perf_counter() - began)
 
     def _keep(self, item: _Item) -> None:
-        """Copy a crop that is legible already (in a writer thread)."""
+        """Copy a crop that is tall enough as it is (in a writer thread)."""
         began = time.perf_counter()
         outcome, source = item.outcome, item.outcome.source
         try:
@@ -291,12 +332,12 @@ class Stream:
             elif self.to_stdout:
                 _to_stdout(source.path.read_bytes() if source.data is None else source.data)
             elif item.target is not None:
-                with images.written(item.target) as file:
-                    if source.data is not None:
-                        file.write(source.data)
-                    else:
-                        with source.path.open("rb") as original:
-                            shutil.copyfileobj(original, file)
+                make_folder(item.target.parent)
+                if source.data is not None:
+                    replace_file(item.target, source.data)
+                else:
+                    with replacing(item.target) as partial:
+                        shutil.copyfile(source.path, partial)
                 outcome.output = item.target
             outcome.output_size = outcome.input_size
         except (OSError, ValueError, MemoryError) as error:
@@ -310,7 +351,8 @@ class Stream:
         if item.target is None:
             _to_stdout(data)
         else:
-            images.write_atomically(item.target, data)
+            make_folder(item.target.parent)
+            replace_file(item.target, data)
             item.outcome.output = item.target
 
 
@@ -334,4 +376,4 @@ def _to_stdout(data: bytes) -> None:
 
 def _cannot_write(path: Path | None, error: BaseException) -> str:
     name = "standard output" if path is None else str(path)
-    return f"cannot write {name}: {images.reason(error)}"
+    return f"cannot write {name}: {reason(error)}"

@@ -1,140 +1,331 @@
-"""`lemma-fast upscale`: checks what was asked for, runs the stream, reports what became of it."""
+"""The command `lemma-fast upscale`."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Optional, cast
 
 import typer
 
-from lemma_fast import images
-from lemma_fast.cli.inputs import STDIN, Inputs, Naming, Outcome
-from lemma_fast.cli.report import Report, Unreported
-from lemma_fast.images import Format, Size, image_suffixes, write_atomically
+from lemma_fast.cli.exits import fail, interruptible, misused
+from lemma_fast.cli.options import MODEL_HELP, one_of
+from lemma_fast.outputs import OutputError
 
 if TYPE_CHECKING:
     import torch
 
+    from lemma_fast.cli.inputs import Inputs
+    from lemma_fast.cli.report import Report
+    from lemma_fast.images import Size
     from lemma_fast.recognizers import Recognizer
 
-_ENDINGS: dict[str, Format] = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
+EXAMPLES = """
+Examples:
+
+  lemma-fast upscale word.png                   word_x2.png beside it
+
+  lemma-fast upscale crops/ -r -o out/          a folder and its sub-folders
+
+  lemma-fast upscale crops/ -o out/ --compare   also before and after in one
+
+  lemma-fast upscale crops/ -o out/ --jsonl -   a line of JSON for each input
+
+  lemma-fast upscale - -o - < word.png | tesseract - - --psm 8
+
+Exit codes: 0 all is well, 1 some inputs failed, 2 bad option, no such input or no weights.
+"""
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of `lemma-fast upscale`, as typed."""
+def upscale(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH",
+            help="Images, folders, glob patterns, or - for standard input.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads this on Python 3.10 too)
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Folder for results, made where missing; sub-folders are kept. A name such as "
+            "out.png for one image; - for standard output. Default: beside each input.",
+            rich_help_panel="Results",
+        ),
+    ] = None,
+    suffix: Annotated[
+        str, typer.Option(help="Appended to each name.", rich_help_panel="Results")
+    ] = "_x2",
+    form: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--format",
+            help="Format of results, png by default; webp is lossless, jpg has no transparency.",
+            show_default=False,
+            **one_of("png", "jpg", "webp"),
+            rich_help_panel="Results",
+        ),
+    ] = None,
+    size: Annotated[
+        str,
+        typer.Option(
+            help="native: 128x32, what recognisers take. x2: twice the input's width and height.",
+            **one_of("native", "x2"),
+            rich_help_panel="Results",
+        ),
+    ] = "native",
+    keep_above: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="PIXELS",
+            help="Crops taller than this, whatever they show, are taken for legible: copied byte "
+            "for byte under their own ending, and reported as kept. 0 upscales every crop.",
+            rich_help_panel="Results",
+        ),
+    ] = 32,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace existing results, which are skipped without it; never an input.",
+            rich_help_panel="Results",
+        ),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also write NAME_compare.png: input, bicubic, result and attention side by side.",
+            rich_help_panel="Results",
+        ),
+    ] = False,
+    recursive: Annotated[
+        bool,
+        typer.Option(
+            "-r", "--recursive", help="Read sub-folders of folders too.", rich_help_panel="Inputs"
+        ),
+    ] = False,
+    model: Annotated[
+        str,
+        typer.Option(
+            help=MODEL_HELP,
+            rich_help_panel="Network",
+        ),
+    ] = "small",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu, cuda, cuda:1, ...; auto is the first CUDA device, or else the CPU.",
+            rich_help_panel="Network",
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto is float32; on CUDA with PyTorch's TF32 setting.",
+            **one_of("auto", "float32", "bfloat16"),
+            rich_help_panel="Network",
+        ),
+    ] = "auto",
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Crops that go through together. Default: 32 on the CPU, 256 on a GPU.",
+            rich_help_panel="Network",
+        ),
+    ] = None,
+    accelerate: Annotated[
+        bool,
+        typer.Option(
+            "--accelerate/--no-accelerate",
+            help="Run the folded, fused copy of the network, or the network as it is.",
+            rich_help_panel="Network",
+        ),
+    ] = True,
+    read: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="NAME[=FILE]",
+            help="Also let a recogniser read each crop before (bicubic) and after, for --jsonl and "
+            "--compare: tesseract, or abinet, aster, crnn, matrn, moran, parseq or text_focus with "
+            "its checkpoint.",
+            rich_help_panel="Reports",
+        ),
+    ] = None,
+    jsonl: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="FILE",
+            help="Write one line of JSON for each input: status, output or error, sizes, "
+            "milliseconds, the text that the network's prior read, its length, and what --read "
+            "read. - for standard output. A FILE of an earlier run is continued: the lines of "
+            "inputs that are only skipped, or not given this time, stay.",
+            rich_help_panel="Reports",
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool,
+        typer.Option("-q", "--quiet", help="Report errors only.", rich_help_panel="Reports"),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Name every file.", rich_help_panel="Reports")
+    ] = False,
+) -> None:
+    """Double the size of word crops.
 
-    paths: list[str]
-    output: str | None
-    suffix: str
-    form: Format | None
-    recursive: bool
-    overwrite: bool
-    compare: bool
-    size: Size
-    keep_above: int
-    model: str
-    device: str
-    dtype: str
-    batch_size: int | None
-    accelerate: bool
-    read: str | None
-    jsonl: str | None
-    quiet: bool
-    verbose: bool
+    Each crop holds one word, cut out close. Crops of any size and any image format go through.
+    Unreadable files are reported and skipped. Reports go to standard error.
+    """
+    _check(paths, output, suffix, compare, read, jsonl, quiet, verbose)
+    # Torch takes a second, and a network more: what is asked wrongly is said before.
+    from lemma_fast.cli import jsonl as lines
+    from lemma_fast.cli.inputs import Inputs, Naming
+    from lemma_fast.cli.report import Report
 
-
-def upscale(request: Request) -> int:
-    """Run one request; returns the exit code, or raises typer.BadParameter."""
-    _check(request)
-    inputs, naming = _plan(request)
-    report = Report(request.quiet, request.verbose)
-    if not request.verbose:
+    try:
+        naming = Naming.chosen(paths, output, suffix, form)
+        inputs = Inputs(paths, suffix, recursive, naming.output, _standard_input(paths))
+        lines.check(jsonl, inputs, overwrite)
+    except OutputError as error:
+        misused(error)
+    report = Report(quiet, verbose)
+    if not verbose:
         # Pillow's remarks on odd but readable files.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-    # Torch takes a second, and a network more: what is asked wrongly is said before.
     if all(source.absence() is not None for source in inputs):
-        return _nothing(request, inputs, report)
+        _report_absence(inputs, report, jsonl)
+        report.close(inputs, output, keep_above)
+        raise typer.Exit(2)
     from lemma_fast.checkpoint import CheckpointError
     from lemma_fast.cli.stream import Stream
     from lemma_fast.upscale import Upscaler
 
+    chosen = cast("Size", size)
     try:
-        with _asking_the_hub(request.model, report):
-            upscaler = Upscaler(
-                request.model,
-                request.device,
-                request.dtype,
-                request.batch_size,
-                request.size,
-                accelerate=request.accelerate,
-            )
-        reader = _reader(request.read, upscaler.device)
+        with _asking_the_hub(model, report):
+            upscaler = Upscaler(model, device, dtype, batch_size, chosen, accelerate=accelerate)
+        reader = _reader(read, upscaler.device)
     except (CheckpointError, FileNotFoundError) as error:
-        report.say(f"error: {error}")
-        return 2
+        fail(str(error))
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    report.detail(f"model {request.model}, {upscaler!r}")
+        misused(error)
+    report.detail(f"model {model}, {upscaler!r}")
     stream = Stream(
         inputs,
         naming,
         upscaler,
-        request.size,
-        request.keep_above,
-        request.overwrite,
-        request.compare,
-        to_stdout=request.output == STDIN,
+        chosen,
+        keep_above,
+        overwrite,
+        compare,
+        to_stdout=output == "-",
         reader=reader,
     )
-    with ExitStack() as stack:
-        stack.enter_context(_terminable())
-        report.jsonl = stack.enter_context(_lines(request, inputs))
-        show = stack.enter_context(report.progress(inputs))
-        try:
+    whole = "results that were written are whole"
+    try:
+        with (
+            interruptible(f"{whole}, the same call goes on", report.say) as check,
+            lines.opened(jsonl) as report.jsonl,
+            report.progress(inputs) as show,
+        ):
             for outcome in stream:
                 report.add(outcome)
                 show()
-        except (KeyboardInterrupt, SystemExit):
-            report.say("interrupted: results that were written are whole, the same call goes on")
-            raise
-        except Unreported as error:
-            report.say(f"error: {error}; stopped, results that were written are whole")
-            return 1
-    return report.close(inputs, request.output, request.keep_above)
+                check()
+    except lines.Unreported as error:
+        report.say(f"error: {error}; stopped, {whole}")
+        raise typer.Exit(1) from None
+    raise typer.Exit(report.close(inputs, output, keep_above))
 
 
-def _nothing(request: Request, inputs: Inputs, report: Report) -> int:
-    """Report inputs of which none is there."""
+def _check(
+    paths: list[str],
+    output: str | None,
+    suffix: str,
+    compare: bool,
+    read: str | None,
+    jsonl: str | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Refuse options that contradict each other."""
+    if quiet and verbose:
+        misused("-q and -v contradict each other")
+    if read is not None and not (jsonl or compare or verbose):
+        misused("what --read finds is not shown: give --jsonl, --compare or -v")
+    if any(mark in suffix for mark in (os.sep, os.altsep or os.sep, "\0")):
+        misused(f"--suffix {suffix!r} is not part of a file name")
+    if output == "-":
+        if len(paths) != 1 or os.path.isdir(paths[0]):
+            misused("-o - takes exactly one image")
+        if jsonl == "-":
+            misused("-o - and --jsonl - both want standard output")
+        if compare:
+            misused("--compare writes a file of its own: give -o a folder")
+        if sys.stdout is None:
+            misused("-o -: standard output is closed")
+        if sys.stdout.isatty():
+            misused("-o - would write an image to the terminal: redirect it")
+    elif "-" in paths and output is None:
+        misused("an image from standard input needs -o DIR, -o FILE or -o -")
+
+
+def _standard_input(paths: list[str]) -> bytes | None:
+    if "-" not in paths:
+        return None
+    if sys.stdin is None:
+        misused("-: standard input is closed")
     try:
-        with _lines(request, inputs) as report.jsonl:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        misused(f"cannot read standard input: {error.strerror}")
+
+
+def _report_absence(inputs: Inputs, report: Report, jsonl: str | None) -> None:
+    """Report inputs of which none is there."""
+    from lemma_fast.cli import jsonl as lines
+    from lemma_fast.cli.inputs import Outcome
+
+    try:
+        with lines.opened(jsonl) as report.jsonl:
             for source in inputs:
                 outcome = Outcome(source)
                 outcome.fail(source.absence() or "not there when it was looked for")
                 report.add(outcome)
-    except Unreported as error:
+    except lines.Unreported as error:
         report.say(f"error: {error}")
-    report.close(inputs, request.output, request.keep_above)
-    return 2
 
 
 def _reader(wanted: str | None, device: torch.device) -> Recognizer | None:
-    """Open the recogniser of NAME or NAME=CHECKPOINT; raises ValueError or FileNotFoundError."""
+    """Open the recogniser of NAME or NAME=CHECKPOINT and let it read an empty crop.
+
+    Raises ValueError or FileNotFoundError; ends the command where it cannot read.
+    """
     if wanted is None:
         return None
+    import torch
+
     from lemma_fast.recognizers import load_recognizer
 
     name, _, checkpoint = wanted.partition("=")
-    return load_recognizer(name, checkpoint or None, device=device)
+    reader = load_recognizer(name, checkpoint or None, device=device)
+    try:
+        reader.read(torch.ones(1, 3, 32, 128, device=device))
+    except (RuntimeError, OSError, ValueError, MemoryError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        fail(f"--read {name} does not work here: {said}")
+    return reader
 
 
 @contextmanager
@@ -156,109 +347,3 @@ def _asking_the_hub(model: str, report: Report) -> Iterator[None]:
         yield
     finally:
         hub.set_verbosity(before)
-
-
-def _check(request: Request) -> None:
-    if request.quiet and request.verbose:
-        raise typer.BadParameter("-q and -v contradict each other")
-    if request.read is not None and not (request.jsonl or request.compare or request.verbose):
-        raise typer.BadParameter("what --read finds is not shown: give --jsonl, --compare or -v")
-    if any(mark in request.suffix for mark in (os.sep, os.altsep or os.sep, "\0")):
-        raise typer.BadParameter(f"--suffix {request.suffix!r} is not part of a file name")
-    to_stdout = request.output == STDIN
-    if to_stdout:
-        if len(request.paths) != 1 or os.path.isdir(request.paths[0]):
-            raise typer.BadParameter("-o - takes exactly one image")
-        if request.jsonl == STDIN:
-            raise typer.BadParameter("-o - and --jsonl - both want standard output")
-        if request.compare:
-            raise typer.BadParameter("--compare writes a file of its own: give -o a folder")
-        if sys.stdout.isatty():
-            raise typer.BadParameter("-o - would write an image to the terminal: redirect it")
-    elif STDIN in request.paths and request.output is None:
-        raise typer.BadParameter("an image from standard input needs -o DIR, -o FILE or -o -")
-
-
-def _plan(request: Request) -> tuple[Inputs, Naming]:
-    output = None if request.output in (None, STDIN) else Path(str(request.output))
-    file = _as_file(request, output)
-    form = request.form or "png"
-    if file is not None:
-        form = _ENDINGS[file.suffix.lower()]
-        if request.form not in (None, form):
-            raise typer.BadParameter(f"-o {file} contradicts --format {request.form}")
-    elif output is not None:
-        _make_folder(output)
-    stdin = sys.stdin.buffer.read() if STDIN in request.paths else None
-    inputs = Inputs(request.paths, request.suffix, request.recursive, output, stdin)
-    return inputs, Naming(request.suffix, form, None if file else output, file)
-
-
-def _as_file(request: Request, output: Path | None) -> Path | None:
-    """Return `-o` where it names a file: it looks like an image's name, and is no folder."""
-    if output is None or output.is_dir() or str(request.output).endswith(("/", os.sep)):
-        return None
-    ending = output.suffix.lower()
-    if ending not in _ENDINGS:
-        if ending in image_suffixes():
-            raise typer.BadParameter(f"-o {output}: results are written as .png, .jpg or .webp")
-        return None
-    if len(request.paths) != 1 or os.path.isdir(request.paths[0]):
-        raise typer.BadParameter(f"-o {output} names one file: give one image, or -o a folder")
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"-o {output}: there is no folder {output.parent}")
-    return output
-
-
-def _make_folder(folder: Path) -> None:
-    if os.path.isfile(folder):
-        raise typer.BadParameter(
-            f"-o {folder} is a file, neither a folder nor the name of an image "
-            f"({', '.join(_ENDINGS)})"
-        )
-    probe = folder / f".lemma-fast-{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(probe, b"")
-        probe.unlink()
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write to -o {folder}: {images.reason(error)}") from None
-
-
-@contextmanager
-def _lines(request: Request, inputs: Inputs) -> Iterator[TextIO | None]:
-    """Open what --jsonl names."""
-    if request.jsonl is None:
-        yield None
-    elif request.jsonl == STDIN:
-        yield sys.stdout
-    else:
-        path = Path(request.jsonl)
-        if path.suffix.lower() in image_suffixes() or inputs.holds(path):
-            raise typer.BadParameter(f"--jsonl {path} would replace an image")
-        try:
-            file = path.open("w", encoding="utf-8", buffering=1)
-        except OSError as error:
-            reason = images.reason(error)
-            raise typer.BadParameter(f"cannot write --jsonl {path}: {reason}") from None
-        with file:
-            yield file
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let a plain kill end the run as Ctrl-C does: running writes are finished."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        # Only a main thread may set handlers; elsewhere the caller has its own.
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from lemma_fast.ops import extension
 from lemma_fast.ops.precision import convolutions_allow_tf32
-from lemma_fast.ops.weights import AdaFMWeights, BranchWeights
+from lemma_fast.ops.weights import AdaFMWeights, flat
 
 extension.load()
 
-# By the size of a number: fp32 does not get 128 channels into the registers of a thread.
-_MAX_CUDA_CHANNELS = {4: 64, 2: 128}
+# 64, of csrc/adafm_cuda.h: a thread's registers hold its share of so many channels.
+MAX_CUDA_CHANNELS: int = extension.library().lemma_fast_adafm_max_cuda_channels()
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: bool) -> Tensor:
     """Run `ops.reference.adafm` in compiled code; the result lies in memory as `features` does.
 
-    `features` and `guidance` [N, C, H, W] with any strides; on the CPU any C, on CUDA up to 64 in
-    fp32 and 128 in half precision. fp32, fp16 and bf16, with fp32 sums and parameters of any of
+    `features` and `guidance` [N, C, H, W] with any strides; on the CPU any C, on CUDA up to
+    `MAX_CUDA_CHANNELS` in every type. fp32, fp16 and bf16, with fp32 sums and parameters of any of
     these; fp64 on the CPU alone. On CUDA fp32 products are TF32 where cuDNN's convolutions may be,
     else three TF32 products, near fp32. Without gradients and in evaluation the norms are folded
     into the convolutions. In training the running statistics are updated in place, as
@@ -45,7 +45,7 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
     _check(features, guidance, weights, training)
     # An empty batch has no statistics to add.
     training = training and features.shape[0] > 0
-    tensors = _flatten(weights)
+    tensors = list(flat(weights))
     compute = _computing(features.dtype)
     plain = [tensor if tensor.dtype == compute else tensor.to(compute) for tensor in tensors]
     tf32 = convolutions_allow_tf32()
@@ -64,27 +64,11 @@ def adafm(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: b
     return out
 
 
-# Where `_flatten` puts each norm: its weight and bias, then its running mean and variance.
+# Where each norm is among the 52 tensors, in the order of csrc/adafm/math.h: its weight and bias,
+# then its running mean and variance.
 _NORMS = (0, 6, 15, 24, 41, 48)
 _WEIGHTS = 52
 _TRAINED = [i for i in range(_WEIGHTS) if not any(i in (norm + 2, norm + 3) for norm in _NORMS)]
-
-
-def _flatten(weights: AdaFMWeights) -> list[Tensor]:
-    """The 52 tensors in the order of csrc/adafm_math.h, which is that of the named tuples."""
-    return [
-        *weights.guidance_norm,
-        *(tensor for branch in weights.branches for tensor in _branch(branch)),
-        *weights.global_conv,
-        *weights.gate,
-        *_branch(weights.aggregate),
-        *weights.out_norm,
-    ]
-
-
-def _branch(weights: BranchWeights) -> list[Tensor]:
-    reduce_weight, reduce_bias, norm, *rest = weights
-    return [reduce_weight, reduce_bias, *norm, *rest]
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:
@@ -119,9 +103,11 @@ def _check(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: 
     if features.is_cuda:
         if features.dtype == torch.float64:
             raise ValueError("features are torch.float64; on CUDA use ops.reference for fp64")
-        most = _MAX_CUDA_CHANNELS[features.itemsize]
-        if most < C:
-            raise ValueError(f"C = {C}: on CUDA the fused AdaFM takes up to {most} channels")
+        if C > MAX_CUDA_CHANNELS:
+            raise ValueError(
+                f"features have {C} channels in {features.dtype}: on CUDA the fused AdaFM takes up "
+                f"to {MAX_CUDA_CHANNELS}; use ops.reference"
+            )
     if training and N * H * W == 1:
         raise ValueError(f"batch statistics need more than one position, got {[*features.shape]}")
 
@@ -172,20 +158,14 @@ def _(
 
 
 def _folded_bytes(device: str, C: int, P: int, dtype: torch.dtype) -> int:
-    """Size of what `adafm_fold` makes: csrc/adafm_cpu.h, `Prepared`; on CUDA the kernels say it."""
-    if device == "cuda":
-        kind = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
-        return extension.library().lemma_fast_adafm_folded_bytes(int(C), int(P), kind)
-    C = (C + 15) // 16 * 16
-    return (C * (14 * C + P + 11) + 16) * _computing(dtype).itemsize
+    """Size of what `adafm_fold` makes."""
+    return extension.adafm_bytes(device, (0, int(C), int(P)), dtype)[0]
 
 
 def _saved_bytes(device: str, N: int, C: int, P: int, dtype: torch.dtype) -> int:
-    """Size of what a forward pass keeps: csrc/adafm_cpu.h, `Saved`; csrc/adafm_cuda.cpp."""
-    if device == "cuda":
-        return N * C * (7 * P * dtype.itemsize + 16) + 96 * C + 1024
-    C = (C + 15) // 16 * 16
-    return C * (2 * len(_NORMS) + N + 5 * N * P) * _computing(dtype).itemsize
+    """Size of what a forward pass keeps, which is linear in N: N may be a symbol."""
+    none, one = (extension.adafm_bytes(device, (n, int(C), int(P)), dtype)[1] for n in (0, 1))
+    return none + N * (one - none)
 
 
 def _setup_context(

@@ -2,7 +2,9 @@
 
 The module is a table of the six operations, `LEMMA(config, ops=cpu)`, and offers what a prepared
 model calls directly: operations that take weights packed once by a `pack_...` function. Nothing
-here is differentiable; a tensor that requires a gradient is refused where autograd is on.
+here is differentiable; a tensor that requires a gradient is refused where autograd is on. Every
+operation takes the widest vectors that the processor has; LEMMA_FAST_CPU=baseline or avx2 asks for
+less.
 """
 
 from __future__ import annotations
@@ -31,10 +33,7 @@ __all__ = [
     "load",
     "location_enhance",
     "pack_bigru",
-    "pack_projection",
     "pack_winograd",
-    "shuffle_project",
-    "shuffled_channels",
     "sparse_cross_attention",
     "winograd",
 ]
@@ -43,7 +42,6 @@ _ACTIVATIONS: dict[Activation, int] = {"none": 0, "relu": 1, "mish": 2}
 
 # Hidden units lie in blocks of this many, whatever the width of the machine's vectors.
 _BLOCK = 16
-_OUTPUTS = 4
 
 # Winograd's G for results of 2 x 2 and of 4 x 4.
 _TRANSFORMS = {
@@ -75,7 +73,6 @@ def load() -> bool:
         extension.load()
         torch.library.register_fake("lemma_fast::bigru_cpu", _fake_bigru)
         torch.library.register_fake("lemma_fast::winograd_cpu", _fake_winograd)
-        torch.library.register_fake("lemma_fast::shuffle_project_cpu", _fake_shuffle_project)
         _loaded = True
     return True
 
@@ -173,38 +170,6 @@ def winograd(
     return result
 
 
-def pack_projection(weight: Tensor) -> Tensor:
-    """Lay a square, odd kernel [D, C, k, k] out for `shuffle_project`: [D / 4, k, k, 4, C]."""
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[3] % 2 == 0:
-        raise ValueError(f"the weight is {tuple(weight.shape)}, not [D, C, k, k] with an odd k")
-    groups = -(-weight.shape[0] // _OUTPUTS)
-    padding = (0, 0, 0, 0, 0, 0, 0, groups * _OUTPUTS - weight.shape[0])
-    padded = F.pad(weight.detach().float(), padding).unflatten(0, (groups, _OUTPUTS))
-    return padded.permute(0, 3, 4, 1, 2).contiguous()
-
-
-def shuffled_channels(channels: int) -> Tensor:
-    """Order [channels] of the convolution's outputs that `shuffle_project` wants before it.
-
-    PixelShuffle(2) reads (channel, row, column); this is (row, column, channel): index the weight
-    and bias of the convolution before with it.
-    """
-    return torch.arange(channels).view(-1, 4).T.flatten()
-
-
-def shuffle_project(features: Tensor, packed: Tensor, bias: Tensor, squash: bool = False) -> Tensor:
-    """Shuffle pixels by two, convolve to a few channels with zero padding, and apply tanh.
-
-    `features` [N, 4 C, H, W] in the order of `shuffled_channels`, channels-last (otherwise copied),
-    4 C a multiple of 64; `packed` from `pack_projection`, `bias` [D]; `squash` asks for the tanh.
-    All fp32 on the CPU. Returns [N, D, 2 H, 2 W]. Raises RuntimeError for what it cannot take.
-    """
-    load()
-    _without_gradient("shuffle_project", features, packed, bias)
-    result: Tensor = torch.ops.lemma_fast.shuffle_project_cpu(features, packed, bias, squash)
-    return result
-
-
 def _without_gradient(name: str, *tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError(
@@ -212,7 +177,7 @@ def _without_gradient(name: str, *tensors: Tensor) -> None:
         )
 
 
-def _fake_bigru(features: Tensor, packed: Tensor, hidden: int, axis: int, lanes: int = 0) -> Tensor:
+def _fake_bigru(features: Tensor, packed: Tensor, hidden: int, axis: int) -> Tensor:
     N, _, H, W = features.shape
     last = not features.is_contiguous() and features.is_contiguous(
         memory_format=torch.channels_last
@@ -227,14 +192,6 @@ def _fake_winograd(
     bias: Tensor,
     residual: Tensor | None = None,
     activation: int = 0,
-    lanes: int = 0,
 ) -> Tensor:
     N, _, H, W = features.shape
     return features.new_empty(N, weight.shape[2], H, W).to(memory_format=torch.channels_last)
-
-
-def _fake_shuffle_project(
-    features: Tensor, weight: Tensor, bias: Tensor, squash: bool = False, lanes: int = 0
-) -> Tensor:
-    N, _, H, W = features.shape
-    return features.new_empty(N, bias.shape[0], 2 * H, 2 * W)

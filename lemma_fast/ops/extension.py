@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,21 +63,36 @@ def library() -> ctypes.CDLL:
     functions = ctypes.CDLL(str(load()))
     functions.lemma_fast_build_info.restype = ctypes.c_char_p
     functions.lemma_fast_cpu_level.restype = ctypes.c_char_p
-    if hasattr(functions, "lemma_fast_adafm_folded_bytes"):
-        functions.lemma_fast_adafm_folded_bytes.argtypes = (
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_int,
-        )
-        functions.lemma_fast_adafm_folded_bytes.restype = ctypes.c_int64
+    functions.lemma_fast_adafm_max_cuda_channels.restype = ctypes.c_int64
     return functions
 
 
-def build_info() -> dict[str, str | None]:
+def build_info() -> dict[str, Any]:
     """Tell what was compiled: `torch` (the release built with), `flags`, `cuda` (architectures).
 
-    `cuda` is None for a library of the CPU alone; `cpu` are the vector instructions that AdaFM
-    takes on this machine. Raises ImportError as `load` does.
+    `cuda` is None for a library of the CPU alone. `cpu` names the vector instructions that every
+    operation on the CPU takes here; LEMMA_FAST_CPU (baseline, avx2 or avx512) asks for less.
+    `adafm_cuda_channels` is the largest number of channels that AdaFM takes on CUDA. Raises
+    ImportError as `load` does, and ValueError for another value of LEMMA_FAST_CPU.
     """
-    info: dict[str, str | None] = json.loads(library().lemma_fast_build_info().decode())
-    return {**info, "cpu": library().lemma_fast_cpu_level().decode()}
+    cpu = library().lemma_fast_cpu_level()
+    if cpu is None:
+        wish = os.environ.get("LEMMA_FAST_CPU")
+        raise ValueError(f"LEMMA_FAST_CPU is {wish!r}: it can be baseline, avx2 or avx512")
+    info: dict[str, Any] = json.loads(library().lemma_fast_build_info().decode())
+    channels = library().lemma_fast_adafm_max_cuda_channels()
+    return {**info, "cpu": cpu.decode(), "adafm_cuda_channels": channels}
+
+
+def adafm_bytes(device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Tell what AdaFM's folded parameters and what it keeps for its backward pass take in bytes.
+
+    `device` is "cpu" or "cuda", `shape` the images, channels and positions of maps of `dtype`.
+    """
+    call = getattr(library(), f"lemma_fast_adafm_{device}_bytes", None)
+    if call is None:
+        raise NotImplementedError(f"the C++ extension was built without AdaFM for {device}")
+    folded, saved = ctypes.c_int64(), ctypes.c_int64()
+    sizes = [ctypes.c_int64(size) for size in (*shape, dtype.itemsize)]
+    call(*sizes, ctypes.byref(folded), ctypes.byref(saved))
+    return folded.value, saved.value

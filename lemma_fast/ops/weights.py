@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -57,6 +59,21 @@ class CrossAttentionWeights(NamedTuple):
     norm2_bias: Tensor
 
 
+class PackedLayers(tuple[CrossAttentionWeights, ...]):
+    """Copies of cross-attention layers that lie end to end, as the fused operation reads them."""
+
+    packed: Tensor
+    """[layers, parameters of one]"""
+
+    def __new__(cls, layers: Sequence[CrossAttentionWeights]) -> PackedLayers:
+        packed = torch.cat([weight.flatten() for layer in layers for weight in layer])
+        parts = iter(packed.split([weight.numel() for layer in layers for weight in layer]))
+        views = [[next(parts).view_as(weight) for weight in layer] for layer in layers]
+        self = super().__new__(cls, (CrossAttentionWeights(*layer) for layer in views))
+        self.packed = packed.view(len(layers), -1)
+        return self
+
+
 class BiGRUWeights(NamedTuple):
     """What a bidirectional single-layer `nn.GRU` keeps, in its order; gates are (r, z, n)."""
 
@@ -70,3 +87,12 @@ class BiGRUWeights(NamedTuple):
     weight_hh_reverse: Tensor
     bias_ih_reverse: Tensor
     bias_hh_reverse: Tensor
+
+
+def flat(weights: tuple[object, ...]) -> Iterator[Tensor]:
+    """The tensors of such a tuple in turn, and of the tuples in it."""
+    for part in weights:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, tuple):
+            yield from flat(part)

@@ -15,6 +15,7 @@ import torch
 
 from lemma_fast.checkpoint.files import CheckpointError
 from lemma_fast.config import CRNNConfig
+from lemma_fast.devices import choose_device
 from lemma_fast.recognizers import abinet, aster, crnn, matrn, moran, parseq, tesseract, text_focus
 from lemma_fast.recognizers.abinet import ABINet
 from lemma_fast.recognizers.aster import ASTER
@@ -107,6 +108,4 @@ def load_recognizer(
             f"the file and name it, {name}={file} on the command line, "
             f'load_recognizer("{name}", "{file}") in Python'
         )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _NETWORKS[name](checkpoint, **options).to(device)
+    return _NETWORKS[name](checkpoint, **options).to(choose_device(device))

@@ -38,7 +38,9 @@ def echo(monkeypatch):
 @pytest.fixture
 def run(capsysbinary, monkeypatch):
     def command(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        if isinstance(stdin, bytes):
+            stdin = io.TextIOWrapper(io.BytesIO(stdin))
+        monkeypatch.setattr(sys, "stdin", stdin)
         capsysbinary.readouterr()
         with pytest.raises(SystemExit) as ended:
             app(args=[str(argument) for argument in arguments], prog_name="lemma-fast")

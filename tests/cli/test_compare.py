@@ -50,3 +50,25 @@ def test_picture_holds_the_four_panels():
     below = sheet[8 + 64 :]
     for i in range(4):
         assert (below[:, 8 + i * 264 : 8 + i * 264 + 100] < 128).any()
+
+
+def test_a_sheet_has_rows_columns_and_captions_of_several_lines():
+    red, blue = Image.new("RGB", (60, 20), (200, 0, 0)), Image.new("RGB", (90, 30), (0, 0, 200))
+    sheet = np.asarray(
+        compare.sheet([[(None, "best\nset"), (red, "a")], [(None, "w"), (blue, "b\nc")], []])
+    )
+    is_red, is_blue = (sheet[..., 0] == 200) & (sheet[..., 1] == 0), sheet[..., 2] == 200
+    assert is_red.sum() == 60 * 20
+    (rows, columns) = np.nonzero(is_red)
+    assert rows.min() == 8
+    left = columns.min()
+    (rows, columns) = np.nonzero(is_blue & (sheet[..., 0] == 0))
+    # Pictures of a column begin at one place, below everything of the row before.
+    assert columns.min() == left
+    assert rows.min() == 8 + max(20 + 18, 2 * 18) + 8
+    dark = (sheet < 128).all(-1)
+    # Captions: beside both pictures, and below each.
+    assert dark[8:44, :left].any(1).sum() > 10
+    assert dark[8 + 20 : 46, left:].any()
+    assert dark[rows.max() + 1 + 18 :, left:].any()
+    assert compare.sheet([]).size == (8, 8)

@@ -63,12 +63,11 @@ def test_a_record_that_does_not_decode_is_left_out_by_every_command(run, tmp_pat
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_text("mine"), "is there already; --overwrite"),
-        (lambda path: path.write_bytes(encoded(picture(1, (9, 9)))), "is there already"),
+        (lambda path: path.write_text("mine"), "exists; --overwrite replaces it"),
+        (lambda path: path.write_bytes(encoded(picture(1, (9, 9)))), "exists; --overwrite"),
         (lambda path: path.mkdir(), "is a folder"),
-        (lambda path: path.symlink_to("nowhere"), "is a link"),
-        (lambda path: path.symlink_to("/dev/null"), "is a link"),
-        (lambda path: os.mkfifo(path), "is not a regular file"),
+        (lambda path: path.symlink_to("nowhere"), "exists and is a link"),
+        (lambda path: path.symlink_to("labels"), "exists and is a link"),
     ],
 )
 def test_a_sheet_is_refused_before_the_work(run, tmp_path, pairs, monkeypatch, make, message):

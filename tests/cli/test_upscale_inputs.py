@@ -1,6 +1,7 @@
 """`lemma-fast upscale`: which files are read, and which must not be written over."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,115 @@ def test_odd_names_survive(run, crop, tmp_path):
     assert len(ran.lines) == 7
     assert "\x1b" not in ran.raw
     assert "red \\x1b[31m.png" in ran.raw
+
+
+@pytest.mark.parametrize("recursive", [[], ["-r"]], ids=["flat", "deep"])
+@pytest.mark.parametrize(
+    "kind", ["loop", "broken", "forbidden", "long chain", "pipe", "broken name"]
+)
+def test_one_bad_entry_costs_itself_alone(run, crop, tmp_path, kind, recursive, monkeypatch):
+    for name in ("in/a.png", "in/b.png"):
+        crop(name)
+    odd = tmp_path / "in" / "odd.png"
+    if kind == "loop":
+        odd.symlink_to("odd.png")
+    elif kind == "broken":
+        odd.symlink_to("nowhere.png")
+    elif kind == "forbidden":
+        odd.symlink_to("a.png")
+        is_dir = os.DirEntry.is_dir
+        listed = os.scandir
+
+        class Entry:
+            def __init__(self, entry):
+                self.name, self.entry = entry.name, entry
+
+            def is_dir(self):
+                if self.name == "odd.png":
+                    raise PermissionError(13, "Permission denied")
+                return is_dir(self.entry)
+
+        class Entries:
+            def __init__(self, folder):
+                self.entries = listed(folder)
+
+            def __enter__(self):
+                return map(Entry, self.entries)
+
+            def __exit__(self, *_):
+                self.entries.close()
+
+        monkeypatch.setattr(os, "scandir", Entries)
+        odd = None
+    elif kind == "long chain":
+        for number in range(1050):
+            (tmp_path / f"link{number}").symlink_to(tmp_path / f"link{number + 1}")
+        odd.symlink_to(tmp_path / "link0")
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/\xff[x]\n.png"))
+        odd.write_bytes(b"no picture")
+    ran = run("upscale", tmp_path / "in", *recursive, "-o", tmp_path / "out", "--jsonl", "-")
+    found = {line["input"]: line["status"] for line in ran.lines}
+    assert "Traceback" not in ran.err
+    if odd is None:
+        assert list(found.values()) == ["ok"] * 3
+        return
+    assert ran.code == 1
+    assert found.pop(str(odd)) == "error"
+    assert list(found.values()) == ["ok", "ok"]
+    assert "2 upscaled, 1 failed" in ran.err
+    # Named on the command line it is the same.
+    if kind != "broken name":
+        ran = run("upscale", odd, crop("in/a.png"), "-o", tmp_path / "again", "--jsonl", "-")
+        assert [line["status"] for line in ran.lines] == ["error", "ok"]
+
+
+def test_a_thousand_folders_deep(run, crop, tmp_path, monkeypatch):
+    picture = crop("picture.png").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    deep = Path("in", *["d"] * 1050)
+    folder = Path("in")
+    folder.mkdir()
+    for part in deep.parts[1:]:
+        folder = folder / part
+        folder.mkdir()
+    (deep / "a.png").write_bytes(picture)
+    try:
+        ran = run("upscale", "in", "-r", "-o", "out", "--jsonl", "r.jsonl")
+        assert ran.code == 0, ran.err
+        assert Path("out", *deep.parts[1:], "a_x2.png").is_file()
+    finally:
+        # What pytest clears away with is recursive.
+        subprocess.run(["rm", "-rf", "in", "out", "again"], check=True)
+
+
+def test_a_pattern_into_folders_too_deep_is_one_sentence(run, monkeypatch):
+    def deep(*_, **__):
+        raise RecursionError
+
+    monkeypatch.setattr("glob.glob", deep)
+    ran = run("upscale", "in/**/*.png")
+    assert ran.code == 2
+    assert "nested too deep for a pattern; name a folder and use -r" in ran.err
+
+
+def test_a_folder_that_takes_no_results_is_found_out_before_the_network(
+    run, crop, tmp_path, echo, monkeypatch
+):
+    from lemma_fast.cli import stream
+    from lemma_fast.outputs import OutputError
+
+    def refuse(folder):
+        if folder.name == "closed":
+            raise OutputError(f"cannot write to {folder}: permission denied")
+
+    monkeypatch.setattr(stream, "check_folder", refuse)
+    for name in ("open/a.png", "closed/b.png", "closed/c.png", "open2/d.png"):
+        crop(name)
+    ran = run("upscale", tmp_path, "-r", "--jsonl", "-")
+    assert ran.code == 1
+    assert sorted(line["status"] for line in ran.lines) == ["error", "error", "ok", "ok"]
+    assert ran.err.count("closed: permission denied") == 2
+    assert echo.batches == [2]

@@ -18,10 +18,14 @@ class Shown:
     """Reads how bright a crop is; keeps every batch that it was shown."""
 
     def __init__(self):
+        # Before the work it reads an empty crop.
+        self.tried = False
         self.batches = []
 
     def read(self, images):
-        self.batches.append(images)
+        if self.tried:
+            self.batches.append(images)
+        self.tried = True
         return [Reading(f"{image.mean():.5f}", 0.123456) for image in images]
 
 
@@ -106,20 +110,47 @@ def test_captions_hold_what_was_read():
     assert (empty[below] != read[below]).any()
 
 
-def test_a_batch_that_the_recogniser_fails_on_loses_one_crop(run, crop, tmp_path, shown):
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("no memory\nmore"), OSError(28, "No space left on device"), None]
+)
+def test_a_crop_that_is_not_read_keeps_its_result(run, crop, tmp_path, shown, failure):
     def failing(images):
-        if (images.flatten(1).mean(1) > 0.99).any():
-            raise RuntimeError("no memory")
+        red = (images[:, 0].flatten(1).mean(1) > 0.99) & (images[:, 1].flatten(1).mean(1) < 0.1)
+        if red.any():
+            if failure is not None:
+                raise failure
+            # One reading too few is a failure too.
+            return [Reading("see", 1.0)] * (len(images) - 1)
         return [Reading("see", 1.0)] * len(images)
 
     shown.read = failing
-    Image.new("RGB", (64, 16), (255, 255, 255)).save(tmp_path / "white.png")
-    for name in ("a.png", "b.png"):
+    Image.new("RGB", (64, 16), (255, 0, 0)).save(tmp_path / "red.png")
+    for name in ("a.png", "b.png", "c.png"):
         crop(name)
     ran = run("upscale", tmp_path, "--read", "crnn", "--jsonl", "-")
     assert ran.code == 1
-    assert [line["status"] for line in ran.lines] == ["ok", "ok", "error"]
-    assert "no memory" in ran.lines[2]["error"]
+    assert [line["status"] for line in ran.lines] == ["ok"] * 4
+    assert [line["before"] is None for line in ran.lines] == [False, False, False, True]
+    assert ran.lines[3]["notes"][0].startswith("not read: ")
+    assert "red.png: upscaled, but not read: " in ran.err
+    assert "4 upscaled, 1 not read by the recogniser" in ran.err
+    assert "network" not in ran.err
+    assert (tmp_path / "red_x2.png").is_file()
+
+
+def test_a_recogniser_that_reads_nothing_at_all_is_found_out_before(run, crop, names, shown, echo):
+    def broken(images):
+        raise RuntimeError("tesseract failed: Error opening data file\nFailed loading language")
+
+    shown.read = broken
+    ran = run("upscale", crop("word.png"), "--read", "crnn", "-o", "out", "-v")
+    assert ran.code == 2
+    assert ran.err == (
+        "error: --read crnn does not work here: tesseract failed: Error opening data file "
+        "Failed loading language"
+    )
+    assert names() == ["word.png"]
+    assert echo.batches == []
 
 
 def test_a_real_recogniser_reads(run, crop, tmp_path):

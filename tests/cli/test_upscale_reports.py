@@ -1,5 +1,7 @@
 """`lemma-fast upscale`: what a person and a program are told, also of what went wrong."""
 
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -7,9 +9,11 @@ import sys
 import threading
 
 import pytest
+import torch
 from PIL import Image
+from tiny_network import tiny_config
 
-from lemma_fast import images
+from lemma_fast import LEMMA, checkpoint, images
 from lemma_fast.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("echo")
@@ -99,7 +103,7 @@ def test_many_skipped_files_are_counted_not_listed(run, crop, tmp_path):
         (["-"], "needs -o"),
         (["{crop}", "--read", "tesseract"], "give --jsonl, --compare or -v"),
         (["{crop}", "--read", "crann", "-v"], "no recogniser 'crann'; there are abinet, aster"),
-        (["{crop}", "--jsonl", "{folder}/absent/a.jsonl"], "cannot write --jsonl"),
+        (["{crop}", "--jsonl", "{folder}/absent/a.jsonl"], "there is no folder"),
         (["{crop}", "--jsonl", "{crop}"], "would replace an image"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -213,3 +217,151 @@ def test_interruption_leaves_whole_files_only(run, crop, tmp_path, echo, monkeyp
     assert not [t for t in threading.enumerate() if t.name.startswith("lemma-fast")]
     assert run("upscale", tmp_path / "in", "-o", tmp_path / "out").code == 0
     assert len(list((tmp_path / "out").iterdir())) == 40
+
+
+def test_closed_standard_streams_are_one_sentence(run, crop, tmp_path, monkeypatch, names):
+    path = crop("word.png")
+    for stream, arguments in (
+        ("input", ["-", "-o", tmp_path / "o.png"]),
+        ("output", [path, "-o", "-"]),
+        ("output", [path, "--jsonl", "-"]),
+    ):
+        with monkeypatch.context() as patch:
+            if stream == "output":
+                patch.setattr(sys, "stdout", None)
+            ran = run("upscale", *arguments, stdin=None)
+        assert ran.code == 2
+        assert f"standard {stream} is closed" in ran.err
+        assert names() == ["word.png"]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_closed_standard_streams_that_are_not_needed_do_no_harm(
+    run, crop, tmp_path, monkeypatch, stream
+):
+    weights = tmp_path / "w.safetensors"
+    checkpoint.save(LEMMA(tiny_config()), weights)
+    monkeypatch.setattr(sys, stream, None)
+    assert run("upscale", crop("word.png"), stdin=None).code == 0
+    assert run("convert", weights, tmp_path / "w.pth").code == 0
+    assert run("convert", weights, tmp_path / "w.pth").code == 2
+    assert run("doctor").code == 0
+
+
+def test_standard_input_that_cannot_be_read_is_one_sentence(run, tmp_path):
+    class Folder(io.BytesIO):
+        def read(self, *_):
+            raise IsADirectoryError(21, "Is a directory")
+
+    ran = run("upscale", "-", "-o", tmp_path / "o.png", stdin=io.TextIOWrapper(Folder()))
+    assert ran.code == 2
+    assert "cannot read standard input: Is a directory" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "keep", "said"),
+    [
+        (20, 120, 32, "much taller than wide"),
+        (20, 120, 0, "much taller than wide"),
+        (8, 30, 32, "much taller than wide"),
+        (800, 30, 32, "much wider than a word, and seen at 64x16"),
+        (800, 40, 32, None),
+        (120, 20, 32, None),
+        (120, 60, 32, None),
+        (20, 24, 32, None),
+    ],
+)
+def test_shapes_that_are_no_word_are_remarked(run, crop, width, height, keep, said):
+    ran = run("upscale", crop("a.png", width, height), "--keep-above", keep, "--jsonl", "-")
+    (line,) = ran.lines
+    assert line["status"] == ("kept" if 0 < keep < height else "ok")
+    assert [said in note for note in line["notes"]] == ([] if said is None else [True])
+    # Whether it can be read nobody has looked at.
+    assert "legible" not in ran.err
+    if line["status"] == "kept":
+        assert "a.png: taller than 32 pixels, copied as it is" in ran.err
+
+
+def test_a_picture_with_broken_metadata_is_upscaled_and_said(run, tmp_path):
+    exif = b"Exif\0\0this is no TIFF"
+    Image.new("RGB", (40, 12)).save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGB", (40, 12)).save(tmp_path / "b.webp", exif=exif[6:])
+    ran = run("upscale", tmp_path, "--jsonl", "-")
+    assert ran.code == 0
+    for line in ran.lines:
+        assert line["notes"] == ["its metadata is damaged: taken as upright"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("command", ["convert", "export", "bench"])
+@pytest.mark.parametrize("swallowed", [False, True], ids=["plain", "swallowed"])
+def test_other_commands_end_in_a_sentence_and_leave_nothing(
+    run, tmp_path, monkeypatch, command, number, code, names, swallowed
+):
+    weights = tmp_path / "w.safetensors"
+    checkpoint.save(LEMMA(tiny_config()), weights)
+
+    def stop(*_, **__):
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            if swallowed:
+                # So did an import that was interrupted within PyTorch's exporter.
+                raise AttributeError("module 'triton' has no attribute 'backends'") from error
+            raise
+        pytest.fail("went on")
+
+    arguments = {
+        "convert": ("convert", weights, tmp_path / "out.pth"),
+        "export": ("export", "--model", weights, "-o", tmp_path / "out.onnx", "--no-check"),
+        "bench": ("bench", "--model", weights, "-o", tmp_path / "out.json", "--device", "cpu"),
+    }[command]
+    monkeypatch.setattr(torch, "save", stop)
+    monkeypatch.setattr("lemma_fast.onnx._translate", stop)
+    monkeypatch.setattr("lemma_fast.bench.run.environment", stop)
+    ran = run(*arguments)
+    assert ran.code == code
+    kept = (
+        "every batch size that was finished is in" if command == "bench" else "nothing was written"
+    )
+    assert ran.err.startswith(f"interrupted: {kept}")
+    assert names() == ["w.safetensors"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interruption_that_a_library_swallows_ends_the_run_too(
+    run, crop, tmp_path, echo, monkeypatch, number, code
+):
+    forward = echo.forward
+
+    def swallowing(lr):
+        if len(echo.batches) == 1:
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(number)
+        return forward(lr)
+
+    monkeypatch.setattr(echo, "forward", swallowing)
+    for i in range(200):
+        crop(f"in/{i:03}.png", 8, 8)
+    ran = run("upscale", tmp_path / "in", "-o", tmp_path / "out", "--batch-size", 1)
+    assert ran.code == code
+    assert ran.err.startswith("interrupted: ")
+    assert len(echo.batches) < 200
+
+
+def test_a_signal_that_is_ignored_stays_ignored(run, crop, echo, monkeypatch):
+    forward = echo.forward
+
+    def signalled(lr):
+        signal.raise_signal(signal.SIGINT)
+        return forward(lr)
+
+    monkeypatch.setattr(echo, "forward", signalled)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run("upscale", crop("a.png")).code == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

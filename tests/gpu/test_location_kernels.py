@@ -1,6 +1,6 @@
 """What only a GPU can show of the location kernels: graphs, streams of work without a pause, sizes.
 
-bf16 parity is in tests/parity, where it runs as soon as there is a GPU.
+Small shapes are in tests/parity, in bf16 as soon as there is a GPU.
 """
 
 import pytest
@@ -12,6 +12,8 @@ from lemma_fast.ops import fused, reference
 
 pytestmark = pytest.mark.gpu
 K = 500
+# ||a - b|| / ||b|| in bf16, beside twice what the reference loses in it.
+HALF = 5e-3
 
 
 def inputs(N: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
@@ -52,6 +54,19 @@ def test_parity_at_the_papers_size(name, N):
         assert_close(got, expected, bent if place else FORWARD)
 
 
+@pytest.mark.parametrize("name", ["location_enhance", "gather_region"])
+@pytest.mark.parametrize("N", [1, 64])
+def test_bf16_is_as_near_as_the_reference_in_bf16(name, N):
+    given = inputs(N, torch.bfloat16)[name]
+    wide = tuple(x.float() if x.is_floating_point() else x for x in given)
+    exact = forward_backward(reference, name, wide)
+    rounded, got = (forward_backward(ops, name, given) for ops in (reference, fused))
+    for place, (mine, other, wanted) in enumerate(zip(got, rounded, exact, strict=True)):
+        strayed = float((other.float() - wanted).norm())
+        allowed = 2 * strayed + (5 if place else 1) * HALF * float(wanted.norm())
+        assert float((mine.float() - wanted).norm()) <= allowed, place
+
+
 @pytest.fixture
 def any_order():
     """PyTorch's deterministic scatter, the gradient of positions, copies from the host."""
@@ -89,7 +104,7 @@ def test_tf32_is_used_where_it_is_allowed():
     given = inputs(2)["gather_region"]
     exact = reference.gather_region(*(x.double() if x.is_floating_point() else x for x in given))
     strict = (fused.gather_region(*given) - exact).norm() / exact.norm()
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     loose = (fused.gather_region(*given) - exact).norm() / exact.norm()
     assert strict <= FORWARD
     assert 10 * strict < loose <= 2e-3

@@ -268,9 +268,9 @@ def test_nan_stays_in_its_image():
 
 def test_tf32_is_cudnns_choice():
     assert not convolutions_allow_tf32()
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     assert not convolutions_allow_tf32()
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert convolutions_allow_tf32()
 
 

@@ -1,4 +1,4 @@
-"""AdaFM's CUDA source, run on the CPU (tests/shim), against the reference."""
+"""AdaFM's CUDA source, run on an emulator (tests/emulator), against the reference."""
 
 import numpy as np
 import pytest
@@ -12,16 +12,14 @@ from adafm_case import (
     named,
     reference_pass,
 )
-from closeness import BACKWARD, FORWARD
-from shim import host_module
+from closeness import BACKWARD, FORWARD, relative
+from emulator import build
 from torch import Tensor
 
 from lemma_fast.ops import reference
 from lemma_fast.ops.weights import AdaFMWeights
 
-pytestmark = pytest.mark.skipif(
-    host_module.missing() is not None, reason=str(host_module.missing())
-)
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Relative errors ||a - b|| / ||b|| by what is multiplied; gradients may stray five times as far.
@@ -35,15 +33,15 @@ DTYPE = {
 
 
 @pytest.fixture(scope="module")
-def host():
-    return host_module.load()
+def emulator():
+    return build.load()
 
 
 # One thread far ahead of all others, or far behind: what is not synchronised shows in one of them.
 @pytest.fixture(params=[False, True], ids=["lowest-first", "highest-first"])
-def ordered(request, host):
-    host.run_highest_first(request.param)
-    return host
+def ordered(request, emulator):
+    emulator.run_highest_first(request.param)
+    return emulator
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -56,9 +54,9 @@ def arrays(weights: AdaFMWeights) -> list[np.ndarray]:
     return [array(tensor) for tensor in flatten(weights)]
 
 
-def shape_of(host, features: Tensor, kind: str):
+def shape_of(emulator, features: Tensor, kind: str):
     N, C, H, W = features.shape
-    return host.Shape(N, C, H * W, NUMBERS[features.dtype], kind == "tf32")
+    return emulator.Shape(N, C, H * W, NUMBERS[features.dtype], kind == "tf32")
 
 
 def draw(N: int, C: int, H: int, W: int, kind: str) -> tuple[Tensor, Tensor, AdaFMWeights]:
@@ -68,15 +66,15 @@ def draw(N: int, C: int, H: int, W: int, kind: str) -> tuple[Tensor, Tensor, Ada
     return features, guidance, draw_weights(C, H, W)
 
 
-def infer(host, features: Tensor, guidance: Tensor, weights: AdaFMWeights, kind: str) -> Tensor:
+def infer(emulator, features: Tensor, guidance: Tensor, weights: AdaFMWeights, kind: str) -> Tensor:
     out = torch.full_like(features, float("nan"))
-    shape = shape_of(host, features, kind)
-    host.inference(shape, array(features), array(guidance), arrays(weights), array(out))
+    shape = shape_of(emulator, features, kind)
+    emulator.inference(shape, array(features), array(guidance), arrays(weights), array(out))
     return out
 
 
 def run(
-    host,
+    emulator,
     features: Tensor,
     guidance: Tensor,
     weights: AdaFMWeights,
@@ -84,14 +82,14 @@ def run(
     grad: Tensor,
     kind: str,
 ) -> Pass:
-    shape = shape_of(host, features, kind)
+    shape = shape_of(emulator, features, kind)
     weights = map_weights(weights, torch.clone)
     out = torch.full_like(features, float("nan"))
     given = (array(features), array(guidance))
-    saved = host.forward(shape, training, *given, arrays(weights), array(out))
+    saved = emulator.forward(shape, training, *given, arrays(weights), array(out))
     found = map_weights(weights, lambda tensor: torch.full_like(tensor, float("nan")))
     inputs = torch.full_like(features, float("nan")), torch.full_like(guidance, float("nan"))
-    host.backward(
+    emulator.backward(
         shape,
         training,
         array(grad),
@@ -109,10 +107,6 @@ def run(
     )
 
 
-def distance(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
-
-
 # 15 positions are less than a warp's tile and cannot be read in one access; 288 are more than a
 # block's, and 20 channels fewer than the tile has.
 @pytest.mark.parametrize("size", [(2, 64, 3, 5), (1, 20, 4, 72)], ids=str)
@@ -121,7 +115,7 @@ def test_inference(ordered, size, kind):
     features, guidance, weights = draw(*size, kind)
     out = infer(ordered, features, guidance, weights, kind)
     expected = reference.adafm(features.double(), guidance.double(), widened(weights), False)
-    assert distance(out, expected) <= TOLERANCE[kind]
+    assert relative(out, expected) <= TOLERANCE[kind]
 
 
 def widened(weights: AdaFMWeights) -> AdaFMWeights:
@@ -135,9 +129,9 @@ def test_forward_and_backward(ordered, training):
     grad = torch.randn_like(features)
     got = run(ordered, features, guidance, weights, training, grad, "fp32")
     expected = reference_pass(features, guidance, weights, training, grad)
-    assert distance(got.out, expected.out) <= FORWARD
+    assert relative(got.out, expected.out) <= FORWARD
     for name, statistic in expected.statistics.items():
-        assert distance(got.statistics[name], statistic) <= FORWARD, name
+        assert relative(got.statistics[name], statistic) <= FORWARD, name
     # Biases before a norm have a gradient of zero in training: rounding alone is left of them.
     rounding = 1e-7 * max(float(gradient.norm()) for gradient in expected.gradients.values())
     for name, gradient in expected.gradients.items():
@@ -145,70 +139,80 @@ def test_forward_and_backward(ordered, training):
         assert error <= BACKWARD * float(gradient.norm()) + rounding, name
 
 
-def test_statistics_of_many_parts(host):
+def test_statistics_of_many_parts(emulator):
     """Five images leave more partial statistics than a warp has lanes."""
     features, guidance, weights = draw(5, 4, 2, 3, "fp32")
     expected = reference_pass(features, guidance, weights, True, torch.zeros_like(features))
     out = torch.full_like(features, float("nan"))
-    shape, given = shape_of(host, features, "fp32"), (array(features), array(guidance))
-    host.run_highest_first(False)
-    host.forward(shape, True, *given, arrays(weights), array(out))
-    assert distance(out, expected.out) <= FORWARD
+    shape, given = shape_of(emulator, features, "fp32"), (array(features), array(guidance))
+    emulator.run_highest_first(False)
+    emulator.forward(shape, True, *given, arrays(weights), array(out))
+    assert relative(out, expected.out) <= FORWARD
     for name, statistic in expected.statistics.items():
-        assert distance(named(weights)[name], statistic) <= FORWARD, name
+        assert relative(named(weights)[name], statistic) <= FORWARD, name
 
 
 @pytest.mark.parametrize("kind", ["tf32", "fp16", "bf16"])
-def test_forward_and_backward_at_low_precision(host, kind):
+def test_forward_and_backward_at_low_precision(emulator, kind):
     """All gradients as one vector, with slopes near 1: a kink would multiply the rounding."""
     features, guidance, weights = draw(2, 64, 3, 12, kind)
     for name, tensor in named(weights).items():
         if name.endswith("slope"):
             tensor.fill_(0.95)
     grad = torch.randn_like(features)
-    got = run(host, features, guidance, weights, True, grad, kind)
+    got = run(emulator, features, guidance, weights, True, grad, kind)
     expected = reference_pass(features, guidance, weights, True, grad)
-    assert distance(got.out, expected.out) <= TOLERANCE[kind]
+    assert relative(got.out, expected.out) <= TOLERANCE[kind]
     for name, statistic in expected.statistics.items():
-        assert distance(got.statistics[name], statistic) <= TOLERANCE[kind], name
+        assert relative(got.statistics[name], statistic) <= TOLERANCE[kind], name
     both = [
         torch.cat([part.gradients[name].double().flatten() for name in expected.gradients])
         for part in (got, expected)
     ]
-    assert distance(*both) <= 5 * TOLERANCE[kind]
+    assert relative(*both) <= 5 * TOLERANCE[kind]
 
 
-def test_both_orders_give_the_same_bits(host):
+def test_both_orders_give_the_same_bits(emulator):
     features, guidance, weights = draw(1, 8, 2, 9, "fp32")
     grad = torch.randn_like(features)
     results = []
     for highest_first in (False, True):
-        host.run_highest_first(highest_first)
-        one = run(host, features, guidance, weights, True, grad, "fp32")
+        emulator.run_highest_first(highest_first)
+        one = run(emulator, features, guidance, weights, True, grad, "fp32")
         results.append([one.out, *one.statistics.values(), *one.gradients.values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_nan_stays_in_its_image(host):
+def test_nan_stays_in_its_image(emulator):
     features, guidance, weights = draw(3, 64, 3, 5, "bf16")
-    clean = infer(host, features, guidance, weights, "bf16")
+    clean = infer(emulator, features, guidance, weights, "bf16")
     features[1, 7, 2, 1] = float("nan")
-    out = infer(host, features, guidance, weights, "bf16")
+    out = infer(emulator, features, guidance, weights, "bf16")
     assert out[1].isnan().all()
     assert torch.equal(out[::2], clean[::2])
 
 
-def test_nothing_is_done_for_no_images(host):
+def test_nothing_is_done_for_no_images(emulator):
     features, guidance, weights = draw(0, 64, 3, 5, "fp32")
-    assert infer(host, features, guidance, weights, "fp32").shape == (0, 64, 3, 5)
-    found = run(host, features, guidance, weights, False, features, "fp32")
+    assert infer(emulator, features, guidance, weights, "fp32").shape == (0, 64, 3, 5)
+    found = run(emulator, features, guidance, weights, False, features, "fp32")
     assert all(torch.equal(x, named(weights)[n]) for n, x in found.statistics.items())
 
 
-def test_limits_are_named(host):
+@pytest.mark.parametrize(("C", "P"), [(64, 1024), (7, 15)])
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_kept_is_linear_in_the_images(emulator, C, P, number):
+    """So that its size can be computed for a number of images that is a symbol."""
+    none, one, many = (
+        emulator.saved_bytes(emulator.Shape(N, C, P, number, False)) for N in (0, 1, 13)
+    )
+    assert many == none + 13 * (one - none)
+
+
+def test_limits_are_named(emulator):
     features, guidance, weights = draw(1, 65, 1, 2, "fp32")
     with pytest.raises(RuntimeError, match="1 to 64 channels"):
-        infer(host, features, guidance, weights, "fp32")
+        infer(emulator, features, guidance, weights, "fp32")
     features, guidance, weights = draw(1, 4, 1, 1, "fp32")
     with pytest.raises(RuntimeError, match="more than one value a channel"):
-        run(host, features, guidance, weights, True, features, "fp32")
+        run(emulator, features, guidance, weights, True, features, "fp32")

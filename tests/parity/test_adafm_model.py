@@ -90,8 +90,10 @@ def test_folding(made):
         [tensor.detach() for tensor in _flatten(made.weights())], torch.float32
     ).view(torch.float32)
     padded = 32
-    reduce = folded[: 6 * padded**2].view(2 * padded, 3, padded)
-    bias = folded[6 * padded**2 :][: 3 * padded].view(3, padded)
+    matrices = folded[: 14 * padded**2].view(14, padded, padded)
+    vectors = folded[-12 * padded :].view(12, padded)
+    reduce = torch.stack([matrices[i : i + 2].flatten(0, 1) for i in (0, 3, 8)], dim=1)
+    bias = vectors[:3]
     weights = made.eval().weights()
     identity = torch.eye(2 * C).view(2 * C, 2 * C, 1, 1)
     zero = torch.zeros(1, 2 * C, 1, 1)
@@ -107,7 +109,7 @@ def test_folding(made):
             torch.testing.assert_close(rows, first(branch, identity) - first(branch, zero))
             assert not reduce[C:padded, i].any()
             assert not bias[i, C:].any()
-    slopes = folded[-16:-12]
+    slopes = vectors[11, :4]
     expected = [*(branch.slope for branch in weights.branches), weights.aggregate.slope]
     torch.testing.assert_close(slopes, torch.cat(expected).detach())
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from aot import CAPABILITIES, SHARED_LIMIT, Case, compile_kernels
 from closeness import BACKWARD, FORWARD, assert_as_good_as, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -235,47 +234,3 @@ def test_compiles_as_one_graph():
         score, index = run(h_attn)
         results.append((score, index, *torch.autograd.grad(score.square().sum(), h_attn)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def cases(capability: int) -> list[Case]:
-    module = "lemma_fast.kernels.compress_select"
-    score = {
-        "h_attn": "*fp32:16",
-        "h_attn_strides": ["i32:16", "i32:16", "i32:16", "1"],
-        "lengths": "*i64:16",
-        "lengths_stride": "1",
-        "score": "*fp32:16",
-        "winner": "*i16:16",
-        **dict.fromkeys(("T", "h"), "i32"),
-        **dict.fromkeys(("w", "W", "P"), "i32:16"),
-        **dict.fromkeys(("scale_y", "scale_x"), "fp32"),
-    }
-    select = {"score": "*fp32:16", "index": "*i32:16", "P": "i32:16", "K": "i32"}
-    backward = {
-        "grad": "*fp32:16",
-        "grad_strides": ["i32:16", "i32:16", "1"],
-        "winner": "*i16:16",
-        "out": "*fp32:16",
-        **dict.fromkeys(("T", "h"), "i32"),
-        **dict.fromkeys(("w", "H", "W"), "i32:16"),
-        **dict.fromkeys(("scale_y", "scale_x"), "fp32"),
-    }
-    blocks = {"BLOCK_SY": 16, "BLOCK_SX": 32, "BLOCK_Y": 16, "BLOCK_X": 64}
-    # A stride or size of 1 becomes a constant, which must compile as well.
-    ones = score | {"h_attn": "*bf16", "h_attn_strides": ["i64"] * 4, "T": "1", "h": "1", "W": "1"}
-    return [
-        Case(f"{module}:_score", score, {"BLOCK": 128}, capability, 4),
-        Case(f"{module}:_score", ones, {"BLOCK": 128}, capability, 4),
-        Case(f"{module}:_select", select, {"BLOCK": 1024}, capability, 4),
-        Case(f"{module}:_select", select, {"BLOCK": 8192}, capability, 16),
-        Case(f"{module}:_score_backward", backward, blocks, capability, 4),
-    ]
-
-
-def test_cubins_need_no_spills(record_property):
-    compiled = [case for capability in CAPABILITIES for case in cases(capability)]
-    for case, needs in zip(compiled, compile_kernels(compiled), strict=True):
-        record_property(f"{case.kernel} sm_{case.capability} {case.constexprs}", str(needs))
-        assert needs.spills == 0, (case, needs)
-        assert needs.registers <= 128, (case, needs)
-        assert needs.shared <= SHARED_LIMIT, (case, needs)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from aot import CAPABILITIES, SHARED_LIMIT, Case, compile_kernels
 from closeness import BACKWARD, FORWARD, assert_as_good_as, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,42 +188,3 @@ def test_compiles_as_one_graph(autocast):
         out = call(*leaves)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), wanted)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def cases(capability: int) -> list[Case]:
-    forward, backward = (f"lemma_fast.kernels.gather_region{part}" for part in ("", "_backward"))
-    sizes = dict.fromkeys("CDHW", "i32:16") | {"K": "i32"}
-    index = {"index": "*i32:16", "index_strides": ["i32", "1"]}
-    image = ["i32:16", "i32:16", "i32:16", "1"]
-    found = []
-    for dtype, row, block_in in (("fp32", 16, 32), ("fp32", 64, 32), ("bf16", 64, 64)):
-        pointer = f"*{dtype}:16"
-        constants = {"BLOCK_ROW": row, "BLOCK_OUT": 64, "BLOCK_IN": block_in, "PRECISION": "tf32x3"}
-        warps = 8 if (dtype, row) == ("fp32", 64) else 4
-        features = {"features": pointer, "features_strides": image}
-        grad = {"grad": pointer, "grad_strides": ["i32:16", "i32:16", "1"]}
-        inverse = {"order": "*i32:16", "starts": "*i32:16"}
-        signature = dict.fromkeys(("weight", "bias", "out"), pointer) | {"bias_stride": "1"}
-        signature |= {"positions": "*fp32:16", "positions_strides": ["i32", "i32:16", "1"]}
-        signature |= features | index | sizes
-        found.append(Case(f"{forward}:_gather", signature, constants, capability, warps))
-        signature = {"weight": pointer, "out": pointer, "out_strides": image}
-        signature |= grad | inverse | sizes
-        name = f"{backward}:_features_backward"
-        found.append(Case(name, signature, constants, capability, warps))
-        if row == 64:
-            signature = dict.fromkeys(("weight_shares", "bias_shares"), "*fp32:16")
-            signature |= dict.fromkeys(("ROWS", "SHARE"), "i32:16")
-            signature |= grad | features | index | sizes
-            constants = constants | {"BLOCK_ROW": 32, "BLOCK_IN": 32}
-            found.append(Case(f"{backward}:_weight_backward", signature, constants, capability, 4))
-    signature = inverse | index | {"K": "i32", "P": "i32:16"}
-    return [*found, Case(f"{backward}:_invert", signature, {"BLOCK": 64}, capability, 4)]
-
-
-def test_cubins_need_no_spills(record_property):
-    compiled = [case for capability in CAPABILITIES for case in cases(capability)]
-    for case, needs in zip(compiled, compile_kernels(compiled), strict=True):
-        record_property(f"{case.kernel} sm_{case.capability} {case.constexprs}", str(needs))
-        assert needs.spills == 0, (case, needs)
-        assert needs.shared <= SHARED_LIMIT, (case, needs)

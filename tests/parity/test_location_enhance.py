@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from aot import CAPABILITIES, SHARED_LIMIT, Case, compile_kernels
 from closeness import BACKWARD, FORWARD, assert_as_good_as, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -145,36 +144,3 @@ def test_compiles_as_one_graph():
         out = run(*leaves)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def cases(capability: int) -> list[Case]:
-    module = "lemma_fast.kernels.location_enhance"
-    rows = ["i32:16", "i32:16", "i32:16", "1"]
-    channels_last = ["i32:16", "1", "i32:16", "i32:16"]
-    sizes = {"C": "i32:16", "P": "i32:16", "eps": "fp32"}
-    found = []
-    for dtype, strides, block_c, warps in (("fp32", rows, 1, 4), ("bf16", channels_last, 8, 16)):
-        for name, tensors in (
-            ("_enhance", ("logits", "features", "out")),
-            ("_enhance_backward", ("grad", "logits", "features", "grad_logits", "grad_features")),
-        ):
-            signature = dict(sizes)
-            signature |= dict.fromkeys(tensors, f"*{dtype}:16")
-            signature |= {f"{tensor}_strides": strides for tensor in tensors}
-            constants = {"W": 64, "BLOCK_C": block_c, "BLOCK": 1024}
-            found.append(Case(f"{module}:{name}", signature, constants, capability, warps))
-    largest = {"W": 61, "BLOCK_C": 1, "BLOCK": 4096}
-    odd = {"W": 31, "BLOCK_C": 8, "BLOCK": 1024}
-    if capability == 90:
-        found.append(found[1]._replace(constexprs=largest, num_warps=8))
-        found.append(found[3]._replace(constexprs=odd))
-    return found
-
-
-def test_cubins_need_no_spills(record_property):
-    compiled = [case for capability in CAPABILITIES for case in cases(capability)]
-    for case, needs in zip(compiled, compile_kernels(compiled), strict=True):
-        record_property(f"{case.kernel} sm_{case.capability} {case.constexprs}", str(needs))
-        assert needs.spills == 0, (case, needs)
-        assert needs.registers <= 168, (case, needs)
-        assert needs.shared <= SHARED_LIMIT, (case, needs)

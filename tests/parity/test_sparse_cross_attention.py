@@ -1,4 +1,4 @@
-"""The fused alignment against the reference: values, gradients, dropout, edges, cubins."""
+"""The fused alignment against the reference: values, gradients, dropout, edges."""
 
 import math
 import os
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from closeness import relative
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from memory import kept_bytes
@@ -70,11 +71,6 @@ def case(
         [layer(C, F, dtype) for _ in range(layers[1])],
         heads,
     )
-
-
-def relative(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
-    distance = (actual.double() - expected.double()).norm()
-    return float(distance / expected.double().norm().clamp_min(floor))
 
 
 def results(ops, case: Case, *rest) -> tuple[Tensor, list[Tensor]]:
@@ -353,60 +349,3 @@ def test_compiles_without_a_break():
         out = call(*given, 0.2, seed)
         calls.append((out, *torch.autograd.grad(out.sum(), inputs)))
     torch.testing.assert_close(*calls, atol=0, rtol=0)
-
-
-def _cubin_cases(dtype: str, size: int, capability: int):
-    """All kernels of both directions at the model's sizes, with dropout.
-
-    The forward kernel twice: backward runs it again for the layers' inputs.
-    """
-    import aot
-
-    from lemma_fast.kernels.sparse_cross_attention_backward import Sizes
-
-    pointer, strides = f"*{dtype}:16", ["i32:16", "i32:16", "1"]
-    common = dict.fromkeys(("key", "value"), pointer)
-    common |= dict.fromkeys(("key_strides", "value_strides"), strides)
-    common |= {"params": "*fp32:16", "seed": "*i64:16", "p": "fp32"}
-    forward = common | {"query": pointer, "out": pointer, "index": "*i32:16"}
-    forward |= {"query_strides": strides}
-    rows = {"grad_rows": "*fp32:16"}
-    backward = common | rows | dict.fromkeys(("narrow", "wide"), pointer)
-    backward |= dict.fromkeys(("vectors", "grad_keys"), "*fp32:16") | {"layer": "i32"}
-    collect = rows | {"grad_out": pointer, "grad_strides": strides, "index": "*i32:16"}
-    names = ("LAYERS", "GIVEN", "S", "C", "F", "HEADS", "P", "SHARE", "SITE", "ZERO_ROW")
-    folder = "lemma_fast.kernels.sparse_cross_attention"
-    for queries, keys, positions in ((26, 500, 0), (500, 26, 1024)):
-        sizes = Sizes(3, queries, keys, 64, 64, 4, positions)
-        known = dict(zip(names, sizes.constants(), strict=True)) | {"DROPOUT": True}
-        for place, signature, left_out, more in (
-            (f"{folder}:_forward", forward, (), {"STATES": 0}),
-            (f"{folder}:_forward", forward, (), {"STATES": 6, "LAYERS": 2}),
-            (f"{folder}_backward:_backward", backward, ("LAYERS", "P", "SHARE"), {}),
-        ):
-            constexprs = {name: known[name] for name in known if name not in left_out}
-            constexprs |= sizes.launch(size) | more
-            options = {name: constexprs.pop(name) for name in ("num_warps", "maxnreg")}
-            yield aot.Case(place, signature, constexprs, capability, **options)
-        known |= constexprs
-        kept = ("GIVEN", "C", "P", "SHARE", "ZERO_ROW", "BLOCK_L", "BLOCK_C")
-        constexprs = {name: known[name] for name in kept}
-        place = f"{folder}_backward:_collect"
-        yield aot.Case(place, collect, constexprs, capability, options["num_warps"])
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("capability", [80, 90, 120])
-def test_cubins_without_spills(capability, dtype, record_property):
-    import aot
-
-    cases = list(_cubin_cases(dtype, 4 if dtype == "fp32" else 2, capability))
-    table = {}
-    for case, resources in zip(cases, aot.compile_kernels(cases), strict=True):
-        direction = "to image" if case.constexprs["ZERO_ROW"] else "to text"
-        again = " again" if case.constexprs.get("STATES") else ""
-        name = f"{case.kernel.rpartition(':')[2]}{again} {dtype} {direction} sm_{capability}"
-        table[name] = resources
-        record_property(name, str(resources))
-    assert {name: has for name, has in table.items() if has.spills} == {}
-    assert {name: has for name, has in table.items() if has.shared > aot.SHARED_LIMIT} == {}

@@ -14,22 +14,21 @@ from lemma_fast import LEMMA, CheckpointError, checkpoint
 from lemma_fast.baselines import (
     BaselineConfig,
     create_baseline,
-    device_of,
     list_baselines,
     load_baseline,
     open_network,
     save_baseline,
-    super_resolve,
 )
 from lemma_fast.training.cli import app
 from lemma_fast.training.data.batches import EncodedCrops, split
 from lemma_fast.training.data.pairs import TextZoomDataset
 from lemma_fast.training.evaluation import report
 from lemma_fast.training.evaluation.evaluate import measure, open_readers
-from lemma_fast.training.loop import curves
 from lemma_fast.training.loop.fit import fit
-from lemma_fast.training.loop.restoration import BaselineStage
+from lemma_fast.training.loop.folder import read_curves
+from lemma_fast.training.loop.stages import RestorationStage
 from lemma_fast.training.losses.lemma import gradient_profile, gradient_profile_loss
+from lemma_fast.training.networks import device_of, super_resolve
 
 SMALL = {
     "bicubic": {},
@@ -220,16 +219,14 @@ def test_names_without_weights():
 
 def test_the_stage_trains_what_its_settings_say(tmp_path):
     config = write_baselines(tmp_path)
-    network = BaselineStage(stage_of(config, "tsrn"), 1, 1).network
+    network = RestorationStage(stage_of(config, "tsrn")).network
     assert network.config == BaselineConfig("tsrn", 4, 8, 1, False)
     (tmp_path / "run" / "tsrn").mkdir(parents=True)
     save_baseline(network, tmp_path / "run" / "tsrn" / "best.safetensors")
-    again = BaselineStage(stage_of(config, "tsrn", "start.weights=stage:tsrn"), 1, 1).network
+    again = RestorationStage(stage_of(config, "tsrn", "start.weights=stage:tsrn")).network
     torch.testing.assert_close(_state(again), _state(network))
     with pytest.raises(ValueError, match="does not fit TSRN"):
-        BaselineStage(
-            stage_of(config, "tsrn", "start.weights=stage:tsrn", "baseline.blocks=2"), 1, 1
-        )
+        RestorationStage(stage_of(config, "tsrn", "start.weights=stage:tsrn", "baseline.blocks=2"))
 
 
 def test_gradient_profiles():
@@ -254,12 +251,12 @@ def test_all_stages_of_a_config_are_trained(tmp_path):
         assert network.config == stage_of(config, name).baseline_config()
         with safe_open(outcome.folder / "best.safetensors", "pt") as file:
             assert json.loads(file.metadata()["settings"])["stage"] == name
-        rows = curves.read(outcome.folder / "metrics.csv")
+        rows = read_curves(outcome.folder / "metrics.csv")
         profiles = [value for _, term, value in rows if term == "train/gradient_profile"]
         assert bool(profiles) == (name == "tsrn")
     # The weight of the profile is in the objective.
     batch = EncodedCrops(split(stage_of(config, "tsrn").data)[0], 26).__getitems__([0, 1])
-    stage = BaselineStage(stage_of(config, "tsrn", "loss.gradient_profile=0.5"), 1, 1)
+    stage = RestorationStage(stage_of(config, "tsrn", "loss.gradient_profile=0.5"))
     terms = stage.scores(batch)
     expected = terms["pixel"] + 0.5 * terms["gradient_profile"]
     torch.testing.assert_close(terms["loss"], expected)

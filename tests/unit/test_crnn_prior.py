@@ -18,11 +18,10 @@ from lemma_fast.recognizers import CRNN
 from lemma_fast.training.data.batches import Batch, EncodedCrops, split
 from lemma_fast.training.evaluation.evaluate import PriorReader
 from lemma_fast.training.loop.fit import fit
-from lemma_fast.training.loop.restoration import LemmaStage
-from lemma_fast.training.loop.stages import PriorStage
+from lemma_fast.training.loop.stages import PriorStage, RestorationStage
 from lemma_fast.training.losses.lemma import crnn_ctc_loss
 from lemma_fast.training.settings.schema import Settings, choose
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.settings.values import SettingsError
 
 SIZES = CRNNConfig((4, 4, 4, 4, 8, 8, 8), hidden=8, corrected=True)
 TINY = replace(LemmaConfig.small(), num_blocks=1, text_prior="crnn", crnn=SIZES)
@@ -228,16 +227,16 @@ def a_batch(settings: Settings) -> Batch:
 
 
 def test_it_is_taught_by_ctc_as_the_recogniser_is(tmp_path):
-    module = PriorStage(stage(tmp_path, "prior"), 1, 1)
+    module = PriorStage(stage(tmp_path, "prior"))
     batch = a_batch(module.settings)
     network = module.network.network
     images = batch.hr.float() / 255
     torch.manual_seed(0)
     own = crnn_ctc_loss(network(network.prepare(images)), batch.ctc)
     module.settings = replace(module.settings, images="hr")
-    torch.testing.assert_close(module.terms(batch)["loss"], own)
+    torch.testing.assert_close(module.terms(batch, 0, 0)["loss"], own)
 
-    lemma = LemmaStage(stage(tmp_path, "lemma", "loss.weights.fine_tune=1"), 1, 1)
+    lemma = RestorationStage(stage(tmp_path, "lemma", "loss.weights.fine_tune=1"))
     lemma.network.prior.load_state_dict(module.network.state_dict())
     network = lemma.network.prior.network.eval()
     lemma.network.eval()
@@ -252,7 +251,7 @@ def test_both_stages_train(tmp_path):
     first = fit(stage(tmp_path, "prior"))
     assert first.finished
     settings = stage(tmp_path, "lemma", "start.prior=stage:prior", "select.metric=psnr")
-    fresh = LemmaStage(settings, 1, 1)
+    fresh = RestorationStage(settings)
     kept = load_file(tmp_path / "run" / "prior" / "best.safetensors")
     for name, value in fresh.network.prior.state_dict().items():
         assert torch.equal(value, kept[name]), name
@@ -264,17 +263,17 @@ def test_both_stages_train(tmp_path):
     )
     wider = stage(tmp_path, "lemma", "start.prior=stage:prior", "model.crnn.hidden=12")
     with pytest.raises(SettingsError, match="prior of other sizes"):
-        LemmaStage(wider, 1, 1)
+        RestorationStage(wider)
     abinet = stage(tmp_path, "lemma", "start.prior=stage:prior", "model.text_prior=abinet")
     with pytest.raises(SettingsError, match="prior of other sizes"):
-        LemmaStage(abinet, 1, 1)
+        RestorationStage(abinet)
 
 
 def test_the_stage_of_the_recogniser_starts_it_too(tmp_path):
     reader = CRNN(CRNNConfig((4, 4, 4, 4, 8, 8, 8), hidden=8))
     (tmp_path / "run" / "crnn").mkdir(parents=True)
     reader.save(tmp_path / "run" / "crnn" / "best.safetensors")
-    module = LemmaStage(stage(tmp_path, "lemma", "start.prior=stage:crnn"), 1, 1)
+    module = RestorationStage(stage(tmp_path, "lemma", "start.prior=stage:crnn"))
     weights = module.network.prior.network.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in reader.state_dict().items())
 

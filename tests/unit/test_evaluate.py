@@ -3,12 +3,13 @@
 import io
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from echo_model import EchoModel
-from rich.console import Console
 from tiny_training import write_config, write_set
 
 from lemma_fast import LEMMA
@@ -19,12 +20,19 @@ from lemma_fast.training.evaluation.evaluate import (
     PriorReader,
     Row,
     Subset,
+    check_finite,
     measure,
     open_readers,
     views,
 )
 from lemma_fast.training.evaluation.metrics import TEXTZOOM_COUNTS, official_psnr, psnr
-from lemma_fast.training.evaluation.summary import AVERAGE, subset_name, summarize
+from lemma_fast.training.evaluation.summary import (
+    AVERAGE,
+    subset_name,
+    subset_names,
+    summarize,
+)
+from lemma_fast.training.evaluation.tables import plain_console, print_tables
 from lemma_fast.training.settings.schema import choose
 
 # Networks this small only lose by more.
@@ -199,6 +207,34 @@ def test_subsets_of_textzoom_are_known_by_name(tmp_path):
     assert subset_name(tmp_path / "test_mine.lmdb") == "test_mine"
 
 
+def test_sets_are_told_apart_by_the_shortest_names(tmp_path):
+    a, b = tmp_path / "a" / "test_easy.lmdb", tmp_path / "b" / "easy"
+    assert subset_names([a, tmp_path / "hard"]) == ["easy", "hard"]
+    assert subset_names([a, b]) == [str(a), str(b)]
+    # The name of the row that is the average of all.
+    assert AVERAGE not in subset_names([Path(AVERAGE), a])
+    assert subset_names([Path(os.fsdecode(b"caf\xe9")), a]) == ["caf\\xe9", "easy"]
+
+
+@pytest.mark.parametrize("again", ["easy", "./easy", "x/../easy", "link"])
+def test_a_set_that_is_given_twice_is_refused(tmp_path, monkeypatch, again):
+    monkeypatch.chdir(tmp_path)
+    Path("easy").mkdir()
+    Path("x").mkdir()
+    Path("link").symlink_to("easy")
+    with pytest.raises(ValueError, match="given twice"):
+        subset_names([Path("easy"), Path("other"), Path(again)])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_said(network, value):
+    check_finite(network, "small")
+    with torch.no_grad():
+        network.tail.norm.running_var[0] = value
+    with pytest.raises(ValueError, match=r"mine: 1 of its \d+ tensors .* tail.norm.running_var"):
+        check_finite(network, "mine")
+
+
 def test_accuracy_by_length():
     labels = ["ab", "cd", "don't", "dont"]
     summary = summarize([_subset("a", [1, 0, 1, 1], labels)])
@@ -235,14 +271,49 @@ def test_cells_have_units_and_intervals():
     assert report.cell("PSNR", None) == "-"
 
 
-@pytest.mark.parametrize(("width", "interval"), [(60, False), (300, True)])
-def test_the_terminal_shows_intervals_where_there_is_room(width, interval):
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(report.terminal(summarize([_subset("a", [1, 0, 0, 1])]), console))
-    shown = console.export_text()
+def _printed(summary, width, terminal=True):
+    file = io.StringIO()
+    console = plain_console(width=width, force_terminal=terminal, file=file, color_system=None)
+    print_tables(console, *report.forms(summary))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "readers", "interval", "blocks"),
+    [
+        (300, "r", True, 1),
+        (100, "r", True, 2),
+        (80, "r", False, 1),
+        (56, "r", False, 2),
+        (220, "prior tesseract", True, 1),
+        (80, "prior tesseract", False, 3),
+    ],
+)
+def test_a_narrow_terminal_gets_blocks_and_loses_no_number(width, readers, interval, blocks):
+    subset = _subset("a", [1, 0, 0, 1])
+    for row in subset.rows.values():
+        row.texts = dict.fromkeys(readers.split(), row.texts["r"])
+    summary = summarize([subset])
+    shown = _printed(summary, width)
+    assert shown.count("┏") == blocks
     assert ("50.0 [" in shown) == interval
-    assert "50.0" in shown
-    assert "SR - bicubic" in shown
+    _is_whole(shown, summary, interval)
+    assert max(map(len, shown.splitlines())) <= width
+
+
+@pytest.mark.parametrize("name", ["a", "s" * 90, "with [bold] and [/x] and :smile:"])
+def test_a_pipe_gets_the_whole_table(name):
+    summary = summarize([_subset(name, [1, 0, 0, 1])])
+    _is_whole(_printed(summary, 80, terminal=False), summary, True)
+    # On a terminal that is too narrow for every form nothing is cut either.
+    _is_whole(_printed(summary, 20), summary, False)
+
+
+def _is_whole(shown, summary, intervals):
+    assert "…" not in shown
+    for line in report.lines(summary, intervals=intervals):
+        for text in line:
+            assert text in shown
 
 
 def test_a_folder_of_results(network, crops, tmp_path):

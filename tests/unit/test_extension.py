@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,16 +67,67 @@ def test_architectures_are_those_asked_for(build, monkeypatch):
         build.architecture_flags()
 
 
-def test_files_for_newer_processors_are_compiled_for_them(build, monkeypatch, tmp_path):
+def test_kernels_are_compiled_for_every_level(build, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", script(tmp_path / "cxx", GOOD))
-    monkeypatch.setattr(build, "SOURCES", ["csrc/adafm.cpp", "csrc/adafm_avx2.cpp"])
+    monkeypatch.setattr(build, "SOURCES", ["csrc/gru/binding.cpp", "csrc/gru/layer.simd.cpp"])
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
-    plain, newer, link = build.plan(with_cuda=False)
-    assert "-mavx2" not in plain.command
-    assert "-mavx2" in newer.command
-    assert link.inputs == [plain.output, newer.output]
+    *steps, link = build.plan(with_cuda=False)
+    flags = [
+        [flag for flag in step.command if flag.startswith(("-mavx", "-DSIMD"))] for step in steps
+    ]
+    assert flags[0] == []
+    assert flags[1] == ["-DSIMD_LEVEL=baseline"]
+    assert {"-mavx2", "-DSIMD_LEVEL=avx2"} == set(flags[2])
+    assert {"-mavx512f", "-DSIMD_LEVEL=avx512"} <= set(flags[3])
+    assert link.inputs == [step.output for step in steps]
+    assert len(set(link.inputs)) == 4
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
-    assert "-mavx2" not in build.plan(with_cuda=False)[1].command
+    *steps, _ = build.plan(with_cuda=False)
+    assert len(steps) == 2
+    assert not any(flag.startswith("-mavx") for step in steps for flag in step.command)
+
+
+def test_sources_of_every_folder_are_compiled():
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.c*")}
+    spec = importlib.util.spec_from_file_location("setup_of_lemma_fast", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    headers = {name for name in there if name.endswith(".cuh")}
+    assert there - headers == {*module.SOURCES, *module.CUDA_SOURCES}
+    assert any("/" in name.removeprefix("csrc/") for name in module.CUDA_SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("variable", "flags"),
+    [
+        # What conda's compilers set, and others that would change what is built.
+        ("CXXFLAGS", "-fvisibility-inlines-hidden -std=c++17 -O2"),
+        ("CXXFLAGS", "-std=gnu++14 -fno-PIC -fvisibility=default"),
+        ("CXXFLAGS", "-ffast-math"),
+        ("CXXFLAGS", "-Ofast -ffinite-math-only"),
+        ("CXX", "c++ -std=c++11"),
+    ],
+)
+def test_flags_of_the_environment_take_nothing_that_is_needed(
+    build, monkeypatch, tmp_path, variable, flags
+):
+    if not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setenv(variable, flags)
+    command = build.plan(with_cuda=False)[0].command
+    asked = flags.split()[-1]
+    assert asked in command
+    source = tmp_path / "csrc" / "library.cpp"
+    source.write_text(
+        "static_assert(__cplusplus >= 202002L);\n"
+        "#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || !defined(__PIC__)\n"
+        "#error flags\n"
+        "#endif\n"
+        "int one() { return 1; }\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command[command.index("-MF") + 1], command[-1] = str(tmp_path / "d"), str(tmp_path / "o")
+    subprocess.run(command, check=True)
 
 
 @pytest.mark.parametrize("ninja", [True, False])

@@ -1,11 +1,12 @@
 import io
 import os
-import stat
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from lemma_fast import images
@@ -150,6 +151,110 @@ def test_first_frame_of_an_animation_is_used_and_said_so():
     assert images.open_image(saved(frames[0], "GIF")).notes == ()
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF", "MPO"])
+def test_upright_size_is_that_of_the_crop(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with images.opened(saved(halves(16, 8), form, exif=exif)) as image:
+        size = images.upright_size(image)
+        crop = images.from_pillow(image)
+    assert size == crop.rgb.size == ((8, 16) if orientation > 4 else (16, 8))
+
+
+def with_chunk(name, body, after=b"IHDR"):
+    """A sound PNG with one more chunk."""
+    data = saved(halves(), "PNG")
+    at = data.index(after) + 4 + struct.unpack(">I", data[data.index(after) - 4 :][:4])[0] + 4
+    chunk = struct.pack(">I", len(body)) + name + body
+    return data[:at] + chunk + struct.pack(">I", zlib.crc32(name + body)) + data[at:]
+
+
+BAD_EXIF = {
+    "no TIFF": b"this is no TIFF",
+    "empty": b"",
+    "cut": b"II*\0\x08\0\0\0",
+    "offset outside": b"II*\0\xff\xff\xff\x7f",
+    "entries cut": b"MM\0*\0\0\0\x08\0\xff\x01\x12",
+    "text as orientation": b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0",
+    "orientation 77": b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x4d\0\0\0\0\0\0\0",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", BAD_EXIF.values(), ids=BAD_EXIF)
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("way", ["file", "memory", "after its size"])
+def test_broken_metadata_costs_the_turning_alone(exif, form, way):
+    if form == "AVIF" and "AVIF" not in images.readable_formats():
+        pytest.skip("this Pillow has no AVIF")
+    if form == "PNG":
+        data = with_chunk(b"eXIf", exif)
+    else:
+        data = saved(halves(), form, exif=b"Exif\0\0" + exif if form == "JPEG" else exif)
+    if way == "file":
+        crop = images.open_image(data)
+    else:
+        with Image.open(io.BytesIO(data)) as image:
+            if way == "after its size":
+                assert images.upright_size(image) == (8, 4)
+            crop = images.from_pillow(image)
+    left = np.asarray(crop.rgb).astype(int)[:, :3]
+    assert abs(left - DARK).max() < 30
+    if exif[:7] == b"this is":
+        assert crop.notes == ("its metadata is damaged: taken as upright",)
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        (b"iCCP", b"broken\0\0not deflated"),
+        (b"tEXt", b"\xff\xfe no separator"),
+        (b"zTXt", b"key\0\0not deflated"),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<not xml tiff:Orientation='x'"),
+        (b"pHYs", b"\0"),
+        (b"gAMA", b""),
+        (b"cHRM", b"\0\0"),
+        (b"acTL", b"\0"),
+    ],
+)
+def test_other_metadata_never_costs_the_picture(name, body):
+    try:
+        crop = images.open_image(with_chunk(name, body))
+    except ImageError:
+        # Pillow checks these lengths itself before there is an image at all.
+        assert name in (b"pHYs", b"gAMA", b"cHRM", b"acTL")
+        return
+    assert abs(np.asarray(crop.rgb)[:, :3].astype(int) - DARK).max() == 0
+
+
+@pytest.mark.parametrize("form", ["GIF", "TIFF", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.55, 0.75, 0.95])
+def test_a_damaged_second_frame_costs_no_first_one(form, share):
+    frames = [Image.fromarray(np.full((40, 60, 3), grey, np.uint8)) for grey in (50, 150)]
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    data = saved(frames[0], form, save_all=True, append_images=[noisy])
+    cut = data[: int(len(data) * share)]
+    try:
+        crop = images.open_image(cut)
+    except ImageError:
+        # WebP is decoded as a whole, or not at all.
+        assert form == "WEBP"
+        return
+    assert abs(np.asarray(crop.rgb)[0].astype(int) - 50).max() <= 3
+
+
+def test_pillow_images_that_cannot_be_decoded_are_said_to_be(tmp_path):
+    whole = saved(Image.fromarray(noise()), "PNG")
+    for data in (whole[:400], whole[: len(whole) // 2]):
+        with pytest.raises(ImageError, match="truncated"):
+            images.from_pillow(Image.open(io.BytesIO(data)))
+    closed = Image.open(io.BytesIO(whole))
+    closed.close()
+    with pytest.raises(ImageError):
+        images.from_pillow(closed)
+
+
 def png_header(width, height):
     def chunk(name, body):
         packed = struct.pack(">I", len(body)) + name + body
@@ -235,7 +340,7 @@ def test_backdrop_is_taken_out_of_the_result():
     alpha = Image.new("L", (4, 2), 128)
     crop = images.Crop(Image.new("RGB", (4, 2), (0, 0, 0)), alpha)
     seen = np.asarray(crop.opaque)
-    result = images.finish(seen, crop.frame("native", (4, 2)))
+    result = images.finish(Image.fromarray(seen), crop.frame("native", (4, 2)))
     assert result.mode == "RGBA"
     assert np.asarray(result)[..., :3].max() <= 1
     assert np.asarray(result)[..., 3].tolist() == [[128] * 4] * 2
@@ -244,7 +349,7 @@ def test_backdrop_is_taken_out_of_the_result():
 def test_alpha_is_enlarged_beside():
     crop = images.from_pillow(lettered(0, hidden=0))
     frame = crop.frame("x2", (128, 32))
-    result = images.finish(np.zeros((32, 128, 3), np.uint8), frame)
+    result = images.finish(Image.new("RGB", (128, 32)), frame)
     assert result.size == (16, 8)
     expected = crop.alpha.resize((16, 8), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(result.getchannel("A")), np.asarray(expected))
@@ -252,7 +357,7 @@ def test_alpha_is_enlarged_beside():
 
 def test_native_and_x2_sizes():
     crop = images.Crop(Image.new("RGB", (30, 11)))
-    pixels = np.zeros((32, 128, 3), np.uint8)
+    pixels = Image.new("RGB", (128, 32))
     assert images.finish(pixels, crop.frame("native", (128, 32))).size == (128, 32)
     assert images.finish(pixels, crop.frame("x2", (128, 32))).size == (60, 22)
 
@@ -261,7 +366,7 @@ def test_colour_profile_is_kept_for_rgb_only():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     crop = images.open_image(saved(halves(), "PNG", icc_profile=srgb))
     assert crop.icc_profile == srgb
-    result = images.finish(np.zeros((4, 8, 3), np.uint8), crop.frame("native", (8, 4)))
+    result = images.finish(Image.new("RGB", (8, 4)), crop.frame("native", (8, 4)))
     for form in ("png", "jpg", "webp"):
         again = Image.open(io.BytesIO(images.encode(result, form)))
         assert again.info["icc_profile"] == srgb
@@ -290,43 +395,47 @@ def test_visible_transparency():
     assert not images.has_visible_transparency(Image.new("RGB", (2, 2)))
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "result.png"
-    path.write_bytes(b"old")
-
-    def interrupted():
-        with images.written(path) as file:
-            file.write(b"half of the new o")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["result.png"]
-
-
-def test_writing_makes_folders_replaces_and_respects_umask(tmp_path):
-    path = tmp_path / "new" / "folder" / "result.png"
-    before = os.umask(0o027)
-    try:
-        images.write_atomically(path, b"one")
-        images.write_atomically(path, b"two")
-    finally:
-        os.umask(before)
-    assert path.read_bytes() == b"two"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert len(list(path.parent.iterdir())) == 1
-
-
-def test_a_link_is_replaced_not_followed(tmp_path):
-    original, link = tmp_path / "original.png", tmp_path / "link.png"
-    original.write_bytes(b"precious")
-    link.symlink_to(original)
-    images.write_atomically(link, b"result")
-    assert original.read_bytes() == b"precious"
-    assert link.read_bytes() == b"result"
-
-
 def test_folders_are_searched_for_common_endings_only():
     assert {".png", ".jpg", ".jpeg", ".webp", ".tif", ".bmp", ".gif"} <= images.image_suffixes()
     assert not {".eps", ".ps", ".wmf", ".txt", ".mpg", ""} & images.image_suffixes()
+
+
+WHOLE = [
+    saved(halves(), "PNG", exif=b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"),
+    saved(halves(), "JPEG"),
+    saved(
+        halves(),
+        "GIF",
+        save_all=True,
+        append_images=[halves().transpose(Image.Transpose.ROTATE_180)],
+    ),
+    saved(halves(), "TIFF"),
+    saved(halves(), "WEBP"),
+    saved(halves(), "BMP"),
+    MODES["I;16"](),
+    palette_with_transparency(),
+]
+
+
+@settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+@pytest.mark.filterwarnings("ignore")
+def test_no_bytes_give_anything_but_a_crop_or_an_image_error(data):
+    content = bytearray(data.draw(st.sampled_from(WHOLE)))
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, 2 * len(content)))
+    reason, crop = "", None
+    try:
+        with images.opened(bytes(content[:cut])) as image:
+            size = images.upright_size(image)
+            crop = images.from_pillow(image)
+    except ImageError as error:
+        reason = str(error)
+    if crop is None:
+        assert reason
+        assert "\n" not in reason
+    else:
+        assert crop.rgb.mode == "RGB"
+        assert crop.rgb.size == size

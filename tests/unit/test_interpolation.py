@@ -8,7 +8,7 @@ from tiny_training import stage_of
 from lemma_fast import LEMMA, LemmaConfig
 from lemma_fast.training.loop.interpolation import start_from_interpolation
 from lemma_fast.training.loop.weights import start
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.settings.values import SettingsError
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -1,7 +1,6 @@
 """Tables and plots come from JSON alone, between README's markers."""
 
 import json
-from pathlib import Path
 
 import pytest
 import report
@@ -13,7 +12,7 @@ ABOUT = {
     "cuda": "13.0",
     "threads": 4,
     "versions": {"torch": "2.11.0", "triton": "3.6.0", "onnxruntime": None, "openvino": None},
-    "commit": "0123456789abcdef0123456789abcdef01234567+",
+    "commit": "0123456789abcdef0123456789abcdef01234567",
     "date": "2026-11-22T12:00:00+00:00",
 }
 README = """# Title
@@ -73,7 +72,7 @@ def results(tmp_path):
 
 def call(folder, *more):
     return report.main(
-        ["--results", str(folder), "--readme", str(folder.parent / "README.md"), *more]
+        ["--results", str(folder), "--pages", str(folder.parent / "README.md"), *more]
     )
 
 
@@ -89,7 +88,7 @@ def test_sections_are_written_between_their_markers(results):
     assert "| GRU | 75% |" in text
     assert "| in all | 4.00 s |" in text
     assert "Some GPU; driver 1.2, CUDA 13.0; PyTorch 2.11.0; Triton 3.6.0; 2026-11-22" in text
-    assert "commit 012345678+." in text
+    assert "commit 012345678." in text
 
 
 def test_check_says_whether_readme_is_current(results, capsys):
@@ -167,10 +166,18 @@ def test_plot_is_the_same_for_the_same_json(results):
     assert (results / "gpu.png").read_bytes() == first
 
 
-def test_readme_is_what_the_results_make_it():
-    root = Path(__file__).resolve().parents[2]
-    text = (root / "README.md").read_text("utf-8")
-    assert report.rewritten(text, report.read(root / "benchmarks" / "results")) == text
+def test_the_pages_are_what_the_results_make_them(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_numbers_of_a_tree_with_changes_are_refused(results, capsys):
+    content = json.loads((results / "gpu.json").read_text())
+    content["environment"]["commit"] += "+"
+    (results / "gpu.json").write_text(json.dumps(content))
+    before = (results.parent / "README.md").read_text()
+    assert call(results, "--no-plots") == 1
+    assert "gpu was measured on a tree with uncommitted changes" in capsys.readouterr().out
+    assert (results.parent / "README.md").read_text() == before
 
 
 def test_an_evaluation_becomes_a_table_of_readings_and_gains(results):

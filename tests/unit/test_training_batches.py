@@ -5,11 +5,12 @@ from itertools import chain
 
 import pytest
 import torch
-from tiny_training import stage_of, write_config
+from tiny_training import READING, stage_of, write_config
 
 from lemma_fast.training.data.batches import Batches, EncodedCrops, InOrder, split
 from lemma_fast.training.data.pairs import TextZoomDataset
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.loop.stages import STAGES
+from lemma_fast.training.settings.values import SettingsError
 
 
 def test_an_epoch_shows_each_crop_once_and_the_next_another_order():
@@ -61,3 +62,30 @@ def test_a_batch_is_of_the_crops_asked_for(tmp_path):
         torch.testing.assert_close(batch.hr[place].float() / 255, crop.hr[:3])
         assert batch.labels[place] == crop.label
     assert batch.prior_ids.shape == (2, 26) == batch.focus.inputs.shape
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "encodings"),
+    [
+        ("lemma", [], {"prior"}),
+        ("lemma", ["loss.weights.fine_tune=0"], set()),
+        ("lemma", READING, {"prior"}),
+        ("lemma", ["model.text_prior=crnn"], {"ctc"}),
+        ("prior", [], {"prior"}),
+        ("prior", ["model.text_prior=crnn"], {"ctc"}),
+        ("language", [], {"prior"}),
+        ("text_focus", [], {"focus"}),
+        ("crnn", [], {"ctc"}),
+    ],
+)
+def test_a_stage_asks_for_the_encodings_that_it_uses(tmp_path, stage, overrides, encodings):
+    settings = stage_of(write_config(tmp_path), stage, *overrides)
+    module = STAGES[stage](settings)
+    assert module.encodings == encodings
+    train, _, _ = split(settings.data)
+    batch = EncodedCrops(train, 26, False, module.encodings).__getitems__([0, 1])
+    made = {"focus": batch.focus, "prior": batch.prior_ids, "ctc": batch.ctc}
+    assert {name for name, labels in made.items() if labels is not None} == encodings
+    # They are all that it needs.
+    assert module(batch, 0, 0)["loss"].isfinite()
+    assert module.eval().scores(batch)["loss"].isfinite().all()

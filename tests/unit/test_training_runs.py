@@ -15,11 +15,11 @@ from tiny_training import READING, stage_of, write_config
 import lemma_fast
 from lemma_fast.recognizers import load_recognizer
 from lemma_fast.training.data.batches import EncodedCrops, split
-from lemma_fast.training.loop import curves
-from lemma_fast.training.loop.fit import AtomicCheckpoints, fit
-from lemma_fast.training.loop.restoration import LemmaStage
+from lemma_fast.training.loop.fit import fit
+from lemma_fast.training.loop.folder import read_curves, write_checkpoint
+from lemma_fast.training.loop.stages import RestorationStage
 from lemma_fast.training.settings.schema import choose
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.settings.values import SettingsError
 
 # Sums come out the same in every process only if they are split the same way.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_a_checkpoint_replaces_the_one_before_only_when_it_is_whole(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
-    AtomicCheckpoints().save_checkpoint({"step": 1}, path)
+    write_checkpoint(path, {"step": 1})
 
     def torn(content, file):
         file.write(b"half of it")
@@ -35,7 +35,7 @@ def test_a_checkpoint_replaces_the_one_before_only_when_it_is_whole(tmp_path, mo
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError, match="disk full"):
-        AtomicCheckpoints().save_checkpoint({"step": 2}, path)
+        write_checkpoint(path, {"step": 2})
     assert torch.load(path) == {"step": 1}
 
 
@@ -75,18 +75,20 @@ def _begin_again(whole, tmp_path):
 
 _KILLED = """
 import os, signal, sys, torch
-from lightning.pytorch.callbacks import Callback
-from lemma_fast.training.loop.fit import fit
+from lemma_fast.training.loop.fit import Run, fit
 from lemma_fast.training.settings.schema import choose
 
-class Killer(Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 11:
-            os.kill(os.getpid(), signal.SIGKILL)
+make_step = Run.make_step
 
+def killed(self, batch):
+    make_step(self, batch)
+    if self.step == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Run.make_step = killed
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
-fit(choose(sys.argv[1], "lemma", sys.argv[2:])[0], callbacks=[Killer()])
+fit(choose(sys.argv[1], "lemma", sys.argv[2:])[0])
 """
 
 
@@ -99,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(whole, tmp_path):
     folder = tmp_path / "run" / "lemma"
     # Step 9, in the third epoch of four steps, was the last to be saved; 10 is in the curves.
     assert torch.load(folder / "last.ckpt")["global_step"] == 9
-    assert curves.read(folder / "metrics.csv")[-1][0] == 10
+    assert read_curves(folder / "metrics.csv")[-1][0] == 10
     assert not (folder / "result.json").exists()
 
     outcome = fit(stage_of(config, "lemma", *overrides))
@@ -165,7 +167,10 @@ def test_a_run_of_an_earlier_version_goes_on(whole, tmp_path):
     path = chosen.folder / "last.ckpt"
     saved = torch.load(path)
     # Words that are not there stand for what the defaults are.
-    del saved["callbacks"]["Keeper"]["settings"]["loss"]["gradient_profile"]
+    del saved["settings"]["loss"]["gradient_profile"]
+    # These four were the state of a callback.
+    names = ("best", "latest", "seconds", "settings")
+    saved["callbacks"] = {"Keeper": {name: saved.pop(name) for name in names}}
     torch.save(saved, path)
     changed = stage_of(config, "lemma", *overrides, "loss.gradient_profile=0.1")
     with pytest.raises(SettingsError, match=r"loss.gradient_profile was 0.0, is 0.1"):
@@ -189,7 +194,7 @@ def test_weights_say_where_they_come_from(whole):
 
 
 def test_pixels_come_first(whole):
-    rows = curves.read(whole[0].parent / "run" / "lemma" / "metrics.csv")
+    rows = read_curves(whole[0].parent / "run" / "lemma" / "metrics.csv")
     attention = {step: value for step, name, value in rows if name == "train/attention"}
     # Of the steps 3 and 4 the second one is past the warm-up of three.
     assert attention[2] == 0
@@ -205,7 +210,7 @@ def test_trained_recognisers_open(whole):
 
 def test_the_best_validation_is_kept(whole):
     folder = whole[0].parent / "run" / "lemma"
-    rows = curves.read(folder / "metrics.csv")
+    rows = read_curves(folder / "metrics.csv")
     pixels = [value for _, name, value in rows if name == "train/pixel"]
     assert pixels[-1] < pixels[0]
     psnr = {value: step for step, name, value in rows if name == "validation/psnr"}
@@ -259,7 +264,7 @@ def test_two_ranks_train_one_network(tmp_path, changes):
     chosen = stage_of(config, "lemma", *changes)
     _, judged, _ = split(chosen.data)
     whole = EncodedCrops(judged, 26).__getitems__(range(len(judged)))
-    module = LemmaStage(chosen, 1, 1)
+    module = RestorationStage(chosen)
     module.network = lemma_fast.load(folder / "last.safetensors")
     with torch.no_grad():
         expected = module.scores(whole)["psnr"].mean().item()

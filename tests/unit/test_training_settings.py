@@ -1,15 +1,17 @@
 """Settings of training: what is read from YAML, what is named as wrong, what the paper's are."""
 
 import dataclasses
+import os
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from tiny_training import stage_of, write_baselines, write_config
 
 import lemma_fast
 from lemma_fast.training.settings import schema as settings
-from lemma_fast.training.settings.config_files import packaged
 from lemma_fast.training.settings.schema import OptimizerSettings, Settings, choose
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.settings.values import SettingsError, packaged
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,17 @@ from lemma_fast.training.settings.typed import SettingsError
         ("select.metric=accuracy", "select.recognizer"),
         ("loss.weights.text_focus=1", "loss.recognizer names no checkpoint"),
         ("loss.reading=0.1", "loss.reading needs optimizer.prior_learning_rate=0"),
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("run.steps=0", "run.steps must be at least 1"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate must be at least 0"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate is a number, not nan"),
+        ("optimizer.clip=.inf", "optimizer.clip is a number, not inf"),
+        ("optimizer.betas=[0.5, 1]", "optimizer.betas"),
+        ("run.steps=2001-99-99", "the value is not YAML"),
+        ("run={1: 2}", "a key is a text, not 1"),
+        ("data.train=&a [*a]", "without end"),
+        ("model.preset=[base]", "model.preset is one of base, small"),
+        ("stages.lemma=3", "stages.prior"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path, override, message):
@@ -164,3 +177,72 @@ def test_the_paper_is_the_base_config():
 def test_settings_of_a_stage_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings("lemma").seed = 3
+
+
+# Values that YAML makes of a few signs, beside whatever Hypothesis finds.
+_YAML = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(
+        "~ ; .nan ; -.inf ; 1e400 ; 0x_ ; 2001-99-99 ; !!int '' ; !!bool x ; !!timestamp x ; "
+        "&a [*a] ; &a {b: *a} ; {1: 2} ; [1, [2]] ; {a: {b: []}} ; '' ; -1 ; 0 ; true ; "
+        "! ; !!python/name:os.system ; {? [a] : b} ; !!set {a} ; 0.5 ; [] ; {}".split(" ; ")
+    ),
+)
+_KEYS = st.sampled_from(
+    [f.name for f in dataclasses.fields(Settings)]
+    + "base stages run.steps run.ema run.epochs optimizer.betas optimizer.clip data.train".split()
+    + "model.preset model.prior model.heads recognizer.preset recognizer.heads".split()
+    + "baseline.name baseline.blocks loss.weights loss.weights.pixel select.metric".split()
+)
+_FUZZ = hypothesis.settings(
+    max_examples=150,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+
+
+def _choose(config, *arguments):
+    try:
+        found = choose(config, *arguments)
+    except SettingsError:
+        return
+    assert all(isinstance(chosen, Settings) for chosen in found)
+
+
+@_FUZZ
+@hypothesis.given(text=st.one_of(st.text(max_size=60), st.lists(_YAML, max_size=6).map("\n".join)))
+@hypothesis.example(text="a: &a [*a]\nstages: {lemma: {model: &b {m: *b}}}\nmodel: &c {m: *c}")
+@hypothesis.example(text="stages: {lemma: [1]}")
+@hypothesis.example(text="stage: [lemma]")
+@hypothesis.example(text="base: [a]")
+@hypothesis.example(text="base: " + "a" * 300)
+@hypothesis.example(text="[" * 5000)
+def test_any_text_is_settings_or_one_sentence(tmp_path, text):
+    path = tmp_path / "any.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    _choose(path)
+
+
+@_FUZZ
+@hypothesis.given(
+    key=_KEYS, value=_YAML, stage=st.sampled_from(["lemma", "prior", "text_focus", "crnn", "tsrn"])
+)
+@hypothesis.example(key="recognizer.heads", value="0", stage="text_focus")
+def test_any_value_of_any_key_is_settings_or_one_sentence(baselines, key, value, stage):
+    _choose(baselines, stage, [f"{key}={value}"])
+    path = baselines.with_name("changed.yaml")
+    path.write_bytes(f"base: baselines.yaml\n{key}: {value}\n".encode("utf-8", "surrogatepass"))
+    _choose(path, stage)
+
+
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory):
+    return write_baselines(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    chosen = stage_of(write_config(tmp_path), "lemma", f"output={name}", f"data.train={name}/a: b")
+    assert chosen.output == name
+    assert chosen.data.train == (f"{name}/a: b",)

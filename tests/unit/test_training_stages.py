@@ -14,14 +14,18 @@ from lemma_fast.training.data.batches import EncodedCrops
 from lemma_fast.training.data.labels import encode_prior_labels
 from lemma_fast.training.data.pairs import TextZoomDataset
 from lemma_fast.training.loop import weights
-from lemma_fast.training.loop.fit import fit
-from lemma_fast.training.loop.module import rate_factor
-from lemma_fast.training.loop.restoration import LemmaStage, op_table
-from lemma_fast.training.loop.stages import LanguageStage, PriorStage
+from lemma_fast.training.loop.average import Average
+from lemma_fast.training.loop.fit import fit, rate_factor
+from lemma_fast.training.loop.stages import (
+    LanguageStage,
+    PriorStage,
+    RestorationStage,
+    op_table,
+)
 from lemma_fast.training.losses.lemma import IGNORED, without_padding
 from lemma_fast.training.losses.prior import reading_loss, simulated_reading
 from lemma_fast.training.settings.schema import OptimizerSettings
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.settings.values import SettingsError
 
 # Networks this small only lose by more.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +55,7 @@ def test_native_operations_without_a_compiler_are_one_sentence(monkeypatch):
 
 def test_a_prior_of_rate_zero_stays_as_it_is(tmp_path):
     settings = stage_of(write_config(tmp_path), "lemma", "optimizer.prior_learning_rate=0")
-    module = LemmaStage(settings, 10, 5)
+    module = RestorationStage(settings)
     before = {name: tensor.clone() for name, tensor in module.network.prior.state_dict().items()}
     for _ in range(2):
         sr, _ = module.network(torch.rand(2, 4, 16, 64))
@@ -65,7 +69,7 @@ def test_a_prior_of_rate_zero_stays_as_it_is(tmp_path):
 
 
 def test_the_loss_of_reading_is_the_priors_opinion(tmp_path):
-    prior = PriorStage(stage_of(write_config(tmp_path), "prior"), 10, 5).network.eval()
+    prior = PriorStage(stage_of(write_config(tmp_path), "prior")).network.eval()
     generator = torch.Generator().manual_seed(4)
     sr, hr = torch.rand(2, 2, 3, 32, 128, generator=generator).unbind()
     ids = encode_prior_labels(["lid", "a"], prior.config.max_length)
@@ -80,7 +84,7 @@ def test_the_loss_of_reading_is_the_priors_opinion(tmp_path):
 
 def test_the_loss_of_reading_teaches_the_network_and_not_the_prior(tmp_path):
     config = write_config(tmp_path)
-    module = LemmaStage(stage_of(config, "lemma", *READING), 10, 5)
+    module = RestorationStage(stage_of(config, "lemma", *READING))
     crops = EncodedCrops(TextZoomDataset(tmp_path / "train.lmdb"), 26)
     terms = module._forward(crops.__getitems__([0, 3]))[-1]
     torch.testing.assert_close(terms["loss"], terms["pixel"] + 0.25 * terms["reading"])
@@ -108,7 +112,7 @@ def test_the_language_part_learns_to_spell_alone(tmp_path, words):
     config = write_config(tmp_path)
     overrides = [f"data.words={words or 'null'}", "run.steps=60", "optimizer.learning_rate=1e-2"]
     chosen = stage_of(config, "language", *overrides)
-    module = LanguageStage(chosen, 60, 5)
+    module = LanguageStage(chosen)
     assert not any(parameter.requires_grad for parameter in module.network.vision.parameters())
     before = {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
     crops = EncodedCrops(TextZoomDataset(tmp_path / "train.lmdb"), 26)
@@ -120,9 +124,7 @@ def test_the_language_part_learns_to_spell_alone(tmp_path, words):
         learned = name.startswith("language.") and "positions" not in name
         assert torch.equal(after[name], tensor) != learned, name
     prior = stage_of(config, "prior", "start.weights=stage:language")
-    torch.testing.assert_close(
-        dict(PriorStage(prior, 10, 5).network.state_dict()), after, rtol=0, atol=0
-    )
+    torch.testing.assert_close(dict(PriorStage(prior).network.state_dict()), after, rtol=0, atol=0)
 
 
 def test_the_paper_halves_its_rate_after_epoch_400():
@@ -139,7 +141,7 @@ def test_a_cosine_warms_up_and_ends_at_nothing():
 
 
 def test_the_prior_has_a_rate_of_its_own(tmp_path):
-    module = LemmaStage(stage_of(write_config(tmp_path), "lemma"), 10, 5)
+    module = RestorationStage(stage_of(write_config(tmp_path), "lemma"))
     (rest, fast), (prior, slow) = module.parameter_groups()
     assert (fast, slow) == (1e-3, 1e-4)
     assert {id(p) for p in prior} == {id(p) for p in module.network.prior.parameters()}
@@ -147,20 +149,19 @@ def test_the_prior_has_a_rate_of_its_own(tmp_path):
 
 
 def test_the_average_follows_the_weights_and_gives_them_back(tmp_path):
-    module = LemmaStage(stage_of(write_config(tmp_path), "lemma", "run.ema=0.75"), 10, 5)
-    network = module.network
+    network = RestorationStage(stage_of(write_config(tmp_path), "lemma")).network
     weight, norm = network.stem.weight, network.tail.norm
     first = weight.detach().clone()
-    module.average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    average = Average(network, 0.75)
     with torch.no_grad():
         weight.add_(1)
         norm.num_batches_tracked.add_(3)
-    module.update_average(0)
+    average.update(0)
     # At first it follows faster than it is told to: 1 / 10 of the old is kept.
-    torch.testing.assert_close(module.average["stem.weight"], first + 0.9)
-    module.update_average(1000)
-    torch.testing.assert_close(module.average["stem.weight"], first + 0.9 + 0.25 * 0.1)
-    with module.averaged():
+    torch.testing.assert_close(average.state["stem.weight"], first + 0.9)
+    average.update(1000)
+    torch.testing.assert_close(average.state["stem.weight"], first + 0.9 + 0.25 * 0.1)
+    with average.in_place():
         torch.testing.assert_close(weight.detach(), first + 0.925)
         assert norm.num_batches_tracked == 3
     torch.testing.assert_close(weight.detach(), first + 1)
@@ -171,7 +172,7 @@ def test_half_storage_leaves_buffers_alone(tmp_path):
     network = LEMMA(stage_of(config, "lemma", "model.rectification=true").lemma_config())
     with torch.no_grad():
         network.stem.weight[0, 0, 0, 0] = 1 / 3
-    weights.save_lemma(network, tmp_path / "half.safetensors", {"seed": "7"}, "float16")
+    weights.save(network, tmp_path / "half.safetensors", {"seed": "7"}, "float16")
     state = load_file(tmp_path / "half.safetensors")
     parameters = dict(network.named_parameters())
     for name, tensor in state.items():
@@ -185,20 +186,20 @@ def test_half_storage_leaves_buffers_alone(tmp_path):
     with torch.no_grad():
         network.stem.weight[0, 0, 0, 0] = 1e6
     with pytest.raises(ValueError, match="stem.weight does not fit"):
-        weights.save_lemma(network, tmp_path / "half.safetensors", {}, "float16")
+        weights.save(network, tmp_path / "half.safetensors", {}, "float16")
 
 
 def test_a_prior_starts_a_network(tmp_path):
     config = write_config(tmp_path)
-    prior = PriorStage(stage_of(config, "prior"), 1, 1).network
+    prior = PriorStage(stage_of(config, "prior")).network
     (tmp_path / "run" / "prior").mkdir(parents=True)
-    weights.save_prior(prior, tmp_path / "run" / "prior" / "best.safetensors", {}, "float32")
-    module = LemmaStage(stage_of(config, "lemma", "start.prior=stage:prior"), 1, 1)
+    weights.save(prior, tmp_path / "run" / "prior" / "best.safetensors", {}, "float32")
+    module = RestorationStage(stage_of(config, "lemma", "start.prior=stage:prior"))
     torch.testing.assert_close(module.network.prior.state_dict(), prior.state_dict())
 
     whole = tmp_path / "whole.safetensors"
     checkpoint.save(module.network, whole)
-    again = LemmaStage(stage_of(config, "lemma", f"start.prior={whole}"), 1, 1)
+    again = RestorationStage(stage_of(config, "lemma", f"start.prior={whole}"))
     torch.testing.assert_close(again.network.prior.state_dict(), prior.state_dict())
 
     published = tmp_path / "published.pth"
@@ -206,11 +207,11 @@ def test_a_prior_starts_a_network(tmp_path):
     head = "position_prior."
     ours = {n.removeprefix(head): t for n, t in names.items() if n.startswith(head)}
     torch.save({"model": ours}, published)
-    again = LemmaStage(stage_of(config, "lemma", f"start.prior={published}"), 1, 1)
+    again = RestorationStage(stage_of(config, "lemma", f"start.prior={published}"))
     torch.testing.assert_close(again.network.prior.state_dict(), prior.state_dict())
 
     wider = stage_of(config, "lemma", "start.prior=stage:prior", "model.prior.key_width=12")
     with pytest.raises(SettingsError, match="prior of other sizes"):
-        LemmaStage(wider, 1, 1)
+        RestorationStage(wider)
     with pytest.raises(SettingsError, match="train the stage before"):
-        LemmaStage(stage_of(config, "lemma", "start.prior=stage:crnn"), 1, 1)
+        RestorationStage(stage_of(config, "lemma", "start.prior=stage:crnn"))

@@ -1,3 +1,8 @@
+import copy
+import os
+import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,8 +11,9 @@ import pytest
 import torch
 from echo_model import EchoModel
 from PIL import Image
+from tiny_network import tiny_config
 
-from lemma_fast import LEMMA, LemmaConfig, images
+from lemma_fast import LEMMA, LemmaConfig, checkpoint, images
 from lemma_fast.images import ImageError
 from lemma_fast.upscale import Upscaler, choose_device
 
@@ -207,7 +213,8 @@ def test_model_by_name_goes_through_load(echo, monkeypatch, tmp_path):
     )
     Upscaler(tmp_path / "own.safetensors", device="cpu")
     Upscaler(device="cpu")
-    assert asked == [(str(tmp_path / "own.safetensors"), "cpu"), ("small", "cpu")]
+    # A path stays one: a text that is a packaged name would not be the file.
+    assert asked == [(tmp_path / "own.safetensors", "cpu"), ("small", "cpu")]
 
 
 def test_many_threads_may_share_one_upscaler(up):
@@ -243,3 +250,115 @@ def test_the_real_network_gets_the_published_input(dtype, accelerate, levels):
     assert np.abs(apart).max() <= levels
     assert record.length == prior.pt_lengths.item()
     assert len(record.text) <= model.config.max_length
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return LEMMA(tiny_config()).eval()
+
+
+@pytest.mark.parametrize("accelerate", [False, True])
+@pytest.mark.parametrize(
+    "way", [copy.copy, copy.deepcopy, lambda up: pickle.loads(pickle.dumps(up))]
+)
+def test_copies_and_pickles_give_the_same(tiny, accelerate, way):
+    up = Upscaler(tiny, "cpu", size="x2", batch_size=3, accelerate=accelerate)
+    again = way(up)
+    source = noise(9, 30, 3)
+    assert np.array_equal(again(source), up(source))
+    assert (again.size, again.batch_size, again.accelerated) == ("x2", 3, accelerate)
+    assert (again.network is again.model) != accelerate
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_accelerated_model_says_why_it_is_not_copied(tiny, way):
+    with pytest.raises(TypeError, match="with the original, and accelerate the result"):
+        way(Upscaler(tiny, "cpu").network)
+
+
+@pytest.mark.parametrize("accelerate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_models_of_other_types_give_results(tiny, dtype, accelerate):
+    source = noise(9, 30, 3)
+    expected = Upscaler(tiny, "cpu", accelerate=accelerate)(source).astype(int)
+    model = copy.deepcopy(tiny).to(dtype)
+    up = Upscaler(model, "cpu", accelerate=accelerate)
+    limit = {torch.float64: 1, torch.float16: 3, torch.bfloat16: 12}[dtype]
+    assert np.abs(up(source) - expected).max() <= limit
+    # It is copied, not changed.
+    assert next(model.parameters()).dtype == dtype
+
+
+@pytest.mark.parametrize("accelerate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_does_not_matter(tiny, tmp_path, dtype, accelerate):
+    checkpoint.save(tiny, tmp_path / "tiny.safetensors")
+    source = noise(9, 30, 3)
+    expected = Upscaler(tiny, "cpu", accelerate=accelerate).run(source)
+    torch.set_default_dtype(dtype)
+    try:
+        found = Upscaler(tmp_path / "tiny.safetensors", "cpu", accelerate=accelerate).run(source)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    apart = np.asarray(found.image).astype(int) - np.asarray(expected.image)
+    assert np.abs(apart).max() <= (12 if dtype == torch.bfloat16 else 1)
+    assert found.attention.dtype == np.float32
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_goes_on(tiny, tmp_path):
+    """Without care it would wait for threads that stayed behind."""
+    code = f"""
+import os, signal, numpy as np
+from lemma_fast import Upscaler
+up = Upscaler({str(tmp_path / "tiny.safetensors")!r}, "cpu")
+crops = [np.zeros((16, 64, 3), np.uint8)] * 8
+expected = up(crops)[0]
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    made = Upscaler({str(tmp_path / "tiny.safetensors")!r}, "cpu", accelerate=False)
+    same = np.array_equal(up(crops)[0], expected) and made(crops)[0].shape == expected.shape
+    os._exit(0 if same else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    checkpoint.save(tiny, tmp_path / "tiny.safetensors")
+    environment = os.environ | {"OMP_NUM_THREADS": "4"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env=environment)  # fmt: skip
+    assert ran.stdout == "0\n", ran.stderr
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.7])
+def test_a_pillow_image_that_is_damaged_is_an_image_error(up, tmp_path, keep):
+    path = tmp_path / "crop.png"
+    Image.fromarray(noise(64, 64, 3)).save(path)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(ImageError, match="truncated"):
+        up(Image.open(path))
+    with pytest.raises(ImageError, match=r"crop\.png: damaged or truncated"):
+        up(path)
+
+
+def compiled_in_part(model):
+    model = copy.deepcopy(model)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), compiled_in_part])
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_wrapped_models_give_the_same(tiny, wrap, accelerate):
+    source = noise(9, 30, 3)
+    expected = Upscaler(tiny, "cpu", accelerate=accelerate)(source).astype(int)
+    up = Upscaler(wrap(tiny), "cpu", accelerate=accelerate)
+    assert up.accelerated == accelerate
+    assert np.abs(up(source) - expected).max() <= 1
+
+
+def test_a_parallel_model_is_accelerated(tiny):
+    source = noise(9, 30, 3)
+    assert np.array_equal(
+        Upscaler(torch.nn.DataParallel(tiny).eval(), "cpu")(source), Upscaler(tiny, "cpu")(source)
+    )

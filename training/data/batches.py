@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from lemma_fast.recognizers.charset import filter_label
+from lemma_fast.training import signals
 from lemma_fast.training.data.inspect import open_pairs
 from lemma_fast.training.data.labels import (
     CTCLabels,
@@ -21,22 +22,25 @@ from lemma_fast.training.data.labels import (
 )
 from lemma_fast.training.data.pairs import Crop, PairDataset, TextZoomDataset, hold_out
 from lemma_fast.training.settings.schema import DataSettings
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.settings.values import SettingsError
+
+#: Names of the encodings of labels: `Batch.focus`, `Batch.prior_ids`, `Batch.ctc`.
+Encoding = Literal["focus", "prior", "ctc"]
 
 
 class Batch(NamedTuple):
     """Crops as stored, uint8 lr [N, 3, 16, 64] and hr [N, 3, 32, 128], and their labels.
 
-    `with_mask` makes network inputs of them, on the device. Three encodings of the labels: for
-    the text-focus Transformer, for the prior (N, T), for CTC.
+    `with_mask` makes network inputs of them, on the device. Encodings of the labels are for the
+    text-focus Transformer, for the prior (N, T), and for CTC; None where no one asked for them.
     """
 
     lr: Tensor
     hr: Tensor
     labels: list[str]
-    focus: FocusLabels
-    prior_ids: Tensor
-    ctc: CTCLabels
+    focus: FocusLabels | None = None
+    prior_ids: Tensor | None = None
+    ctc: CTCLabels | None = None
 
 
 def mix(*numbers: int) -> int:
@@ -85,11 +89,17 @@ class EncodedCrops(Dataset[Batch]):
     """A set, or a part of one, that hands out whole batches without a mask channel."""
 
     def __init__(
-        self, crops: PairDataset | Subset[Crop], length: int, filtered: bool = False
+        self,
+        crops: PairDataset | Subset[Crop],
+        length: int,
+        filtered: bool = False,
+        encodings: Collection[Encoding] = ("focus", "prior", "ctc"),
     ) -> None:
+        """Encode labels in `encodings`, those for the prior in `length` positions."""
         self.crops = crops
         self.length = length
         self.filtered = filtered
+        self.encodings = encodings
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -101,16 +111,16 @@ class EncodedCrops(Dataset[Batch]):
             crops = crops.dataset  # type: ignore[assignment]
         assert isinstance(crops, PairDataset)
         lr, hr, labels, _ = crops.raw(positions)
-        longest = max(len(filter_label(label)) for label in labels)
-        return Batch(
-            lr,
-            hr,
-            labels,
+        focus = prior_ids = ctc = None
+        if "focus" in self.encodings:
+            longest = max(len(filter_label(label)) for label in labels)
             # one shape for nearly all batches
-            encode_focus_labels(labels, max(self.length, longest + 1)),
-            encode_prior_labels(labels, self.length, filtered=self.filtered),
-            encode_ctc_labels(labels),
-        )
+            focus = encode_focus_labels(labels, max(self.length, longest + 1))
+        if "prior" in self.encodings:
+            prior_ids = encode_prior_labels(labels, self.length, filtered=self.filtered)
+        if "ctc" in self.encodings:
+            ctc = encode_ctc_labels(labels)
+        return Batch(lr, hr, labels, focus, prior_ids, ctc)
 
 
 def open_sets(roots: Sequence[str], data: DataSettings) -> PairDataset:
@@ -169,6 +179,7 @@ def loader(crops: EncodedCrops, batches: Sampler[list[int]], workers: int) -> Da
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),
         persistent_workers=workers > 0,
+        worker_init_fn=signals.ignore,
     )
 
 

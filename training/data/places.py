@@ -10,7 +10,6 @@ import fcntl
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -46,36 +45,6 @@ def new_folder(
         else:
             (new / "data.mdb").replace(out / "data.mdb")
             (out / "lock.mdb").unlink(missing_ok=True)
-
-
-def check_output(
-    path: Path,
-    option: str,
-    *,
-    overwrite: bool,
-    inputs: Iterable[Path],
-    ours: Callable[[Path], bool],
-) -> None:
-    """Raise ValueError or OSError unless the file `path` may be written and can be.
-
-    A file that is there is replaced where `ours` says that this command wrote it, or with
-    `overwrite`; an input, a link, a folder or a device never is.
-    """
-    if path.is_symlink():
-        raise FileExistsError(f"{option} {path} is a link; name the file itself")
-    if path.is_dir():
-        raise IsADirectoryError(f"{option} {path} is a folder, not the name of a file")
-    if path.exists():
-        if not path.is_file():
-            raise FileExistsError(f"{option} {path} is not a regular file")
-        if any(_same(path, source) for source in inputs):
-            raise ValueError(f"{option} {path} would replace an input: they are the same file")
-        if not overwrite and not ours(path):
-            raise FileExistsError(f"{option} {path} is there already; --overwrite replaces it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}")
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
 
 
 def _check_folder(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemma_fast.baselines import Baseline, device_of, super_resolve
+from lemma_fast.baselines import Baseline
 from lemma_fast.model import LEMMA
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import Prior, TextPrior
@@ -31,6 +31,7 @@ from lemma_fast.training.evaluation.metrics import (
     ssim,
 )
 from lemma_fast.training.evaluation.readings import Readings, crop_keys
+from lemma_fast.training.networks import device_of, super_resolve
 
 Protocol = Literal["corrected", "official"]
 #: What is compared, in the order of every table.
@@ -69,7 +70,7 @@ class PriorReader:
 def open_readers(
     wanted: str, model: LEMMA | Baseline, device: str, jobs: int = 1
 ) -> dict[str, Recognizer]:
-    """Recognisers of `crnn=CHECKPOINT,tesseract,prior`; raises ValueError or OSError."""
+    """Recognisers of `crnn=CHECKPOINT,tesseract,prior`, tried; raises ValueError or OSError."""
     readers: dict[str, Recognizer] = {}
     for item in filter(None, (part.strip() for part in wanted.split(","))):
         name, _, path = item.partition("=")
@@ -89,7 +90,24 @@ def open_readers(
         else:
             options = {"jobs": jobs} if name == "tesseract" else {}
             readers[name] = load_recognizer(name, path or None, device=device, **options)
+            if isinstance(reader := readers[name], nn.Module):
+                check_finite(reader, path or name)
+            else:
+                # A program may lack its language files, which is better known before the work.
+                with _naming(name):
+                    reader.read(torch.ones(1, 3, *HR_SIZE))
     return readers
+
+
+def check_finite(network: nn.Module, name: str) -> None:
+    """Raise ValueError where a weight is infinite or not a number, as then all results are."""
+    state = network.state_dict().items()
+    broken = [key for key, x in state if x.is_floating_point() and not x.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{name}: {len(broken)} of its {len(state)} tensors hold values that are not finite "
+            f"numbers, {broken[0]} first: these weights are damaged, or their training diverged"
+        )
 
 
 @dataclass
@@ -173,11 +191,12 @@ def measure(
             keys = {"bicubic": crop_keys(lr), "HR": crop_keys(hr)} if known else {}
             for row, images in seen.items():
                 for who, reader in readers.items():
-                    if who in known and row in keys:
-                        place = f"{row} {protocol}" if row == "bicubic" else row
-                        texts = known[who].read(reader, place, keys[row], images)
-                    else:
-                        texts = [reading.text for reading in reader.read(images)]
+                    with _naming(who):
+                        if who in known and row in keys:
+                            place = f"{row} {protocol}" if row == "bicubic" else row
+                            texts = known[who].read(reader, place, keys[row], images)
+                        else:
+                            texts = [reading.text for reading in reader.read(images)]
                     rows[row].texts[who] += texts
             gains.append(_compare(rows, seen, protocol))
             progress(len(labels))
@@ -201,6 +220,15 @@ def _compare(rows: Mapping[str, Row], seen: Mapping[str, Tensor], protocol: Prot
             rows[row].ssim += ssim(images, true).cpu().double().tolist()
     gain: FloatArray = by_crop["SR"] - by_crop["bicubic"]
     return gain
+
+
+@contextmanager
+def _naming(reader: str) -> Iterator[None]:
+    """Turn a failure of a recogniser into a ValueError of one sentence that names it."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"recogniser {reader}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

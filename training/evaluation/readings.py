@@ -30,10 +30,15 @@ class DamagedReadings(ValueError):
     """A file of readings that is not whole, or is another recogniser's."""
 
 
-def default_folder() -> Path:
-    """`lemma-fast/readings` in the user's cache: $XDG_CACHE_HOME, or else ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "lemma-fast" / "readings"
+def default_folder() -> Path | None:
+    """`lemma-fast/readings` in the user's cache: $XDG_CACHE_HOME, or else ~/.cache.
+
+    None where the user has no home.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # An empty HOME makes it /.cache.
+    homeless = cache == "/.cache" and not os.environ.get("HOME")
+    return Path(cache, "lemma-fast", "readings") if os.path.isabs(cache) and not homeless else None
 
 
 def fingerprint(reader: Recognizer) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from torch import Tensor
 
 from lemma_fast.atomic import replace_file
-from lemma_fast.baselines import Baseline, device_of
+from lemma_fast.baselines import Baseline
 from lemma_fast.compare import overlay
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import Prior
@@ -26,7 +27,9 @@ from lemma_fast.recognizers import Recognizer
 from lemma_fast.training.data.pairs import HR_SIZE, PairDataset
 from lemma_fast.training.evaluation.evaluate import ROWS, Subset, views
 from lemma_fast.training.evaluation.summary import AVERAGE, Summary, Value
+from lemma_fast.training.networks import device_of
 
+_FILES = ("evaluation.json", "evaluation.md", "crops.png", "lengths.png")
 _FACTOR = 2
 _PANEL = (_FACTOR * HR_SIZE[1], _FACTOR * HR_SIZE[0])
 _GAP, _LINE, _HEAD = 8, 13, 150
@@ -65,39 +68,44 @@ def heading(column: str) -> str:
     return f"{column} {unit}".strip()
 
 
-def lines(summary: Summary, intervals: bool = True) -> list[list[str]]:
-    """The table as texts, a line for each subset and row."""
+def lines(
+    summary: Summary, columns: Sequence[str] | None = None, intervals: bool = True
+) -> list[list[str]]:
+    """The table of some columns, or all, as texts: a line for each subset and row."""
     found = []
+    shown = summary.columns if columns is None else columns
     for name, rows in summary.table.items():
         size = sum(summary.crops.values()) if name == AVERAGE else summary.crops[name]
         for row in ROWS:
-            cells = [cell(c, rows[row].get(c), intervals) for c in summary.columns]
+            cells = [cell(c, rows[row].get(c), intervals) for c in shown]
             found.append([f"{name} ({size})" if row == ROWS[0] else "", row, *cells])
         gain = summary.gain[name]
-        cells = [cell(c, gain.get(c), intervals, signed=True) for c in summary.columns]
+        cells = [cell(c, gain.get(c), intervals, signed=True) for c in shown]
         found.append(["", "SR - bicubic", *cells])
     return found
 
 
-def terminal(summary: Summary, console: Console) -> Table:
-    """The table for a terminal; where it is too narrow for intervals, without them."""
-    table = _table(summary, intervals=True)
-    endless = console.options.update(max_width=10_000)
-    if Measurement.get(console, endless, table).maximum > console.width:
-        table = _table(summary, intervals=False)
-    return table
+def forms(summary: Summary) -> list[list[Table]]:
+    """The table for `print_tables`: as one, in blocks by recogniser, and without intervals."""
+    by_reader: dict[str, list[str]] = {}
+    for column in summary.columns:
+        by_reader.setdefault(column.rpartition(" ")[0], []).append(column)
+    blocks = list(by_reader.values())
+    return [
+        [_table(summary, columns, intervals, last=columns is split[-1]) for columns in split]
+        for intervals in (True, False)
+        for split in ([summary.columns], blocks)
+    ]
 
 
-def _table(summary: Summary, intervals: bool) -> Table:
+def _table(summary: Summary, columns: Sequence[str], intervals: bool, last: bool) -> Table:
     words = note(summary)
     if not intervals and summary.protocol == "corrected":
         words += " The terminal is too narrow for the intervals: -o writes them."
-    table = Table(caption=words, caption_justify="left")
-    for title in ("set (crops)", "row", *map(heading, summary.columns)):
-        # Headings may be broken to fit, rows and numbers not.
-        name = title in ("set (crops)", "row")
-        table.add_column(title.replace(" ", "\n", 1), no_wrap=intervals or name)
-    for line in lines(summary, intervals):
+    table = Table(caption=words if last else None, caption_justify="left")
+    for title in ("set (crops)", "row", *map(heading, columns)):
+        table.add_column(title.replace(" ", "\n", 1), no_wrap=True)
+    for line in lines(summary, columns, intervals):
         if line[0]:
             table.add_section()
         table.add_row(*line)
@@ -111,7 +119,9 @@ def markdown(summary: Summary, about: Mapping[str, Any]) -> str:
     text += [f"- {name}: {value}" for name, value in about.items()]
     text += ["", note(summary), ""]
     text += [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
-    text += [f"| {' | '.join(line)} |" for line in lines(summary)]
+    # Names may hold the sign that ends a cell.
+    rows = [[text.replace("|", "\\|") for text in line] for line in lines(summary)]
+    text += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(text) + "\n"
 
 
@@ -251,13 +261,26 @@ def _picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def prepare(folder: Path, plot: bool) -> None:
+    """Make a folder for `write` and try it before the work; raises OSError or ImportError."""
+    if plot:
+        importlib.import_module("matplotlib")
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, and not a folder", str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / name for name in _FILES):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder, and not a file", str(path))
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def write(
     folder: Path, summary: Summary, about: Mapping[str, Any], sheet: Image.Image
 ) -> list[Path]:
     """Write `evaluation.json`, `.md`, `crops.png` and `lengths.png` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("evaluation.json", "evaluation.md", "crops.png", "lengths.png")
-    paths = [folder / name for name in names]
+    paths = [folder / name for name in _FILES]
     replace_file(paths[0], as_json(summary, about))
     replace_file(paths[1], markdown(summary, about))
     sheet.save(paths[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from lemma_fast.training.evaluation.metrics import (
     textzoom_interval,
     word_hits,
 )
+from lemma_fast.training.evaluation.tables import readable
 
 #: The name of the average over all subsets.
 AVERAGE = "average"
@@ -60,6 +62,19 @@ def subset_name(path: Path) -> str:
     name = path.name.removesuffix(".lmdb")
     short = name.removeprefix("test_").removeprefix("test-")
     return short if short in TEXTZOOM_COUNTS else name
+
+
+def subset_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each set, as short as tells them apart; raises ValueError for one given twice."""
+    places = [os.path.realpath(path) for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"{path} is given twice: its crops would count twice in the average")
+    for found in (map(subset_name, paths), map(str, paths), places):
+        names = [readable(name) for name in found]
+        if len(set(names)) == len(names) and AVERAGE not in names:
+            break
+    return names
 
 
 def summarize(

@@ -1,67 +1,50 @@
 """One stage from its settings to its weights, in one go or in chunks: `fit`.
 
-A stage's folder holds `settings.json`, `last.ckpt` (everything to go on from), `best.safetensors`,
-`metrics.csv`, `tensorboard/`, and, once all steps are made, `last.safetensors` and `result.json`.
-Where `last.ckpt` is there the stage goes on from it, to the same numbers as without the break.
+The loop is plain, and devices and ranks are Lightning Fabric's. A stage's folder holds
+`settings.json`, `last.ckpt` (everything to go on from), `best.safetensors`, `metrics.csv`,
+`tensorboard/`, and, once all steps are made, `last.safetensors` and `result.json`. Where
+`last.ckpt` is there the stage goes on from it, to the same numbers as without the break.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
-import os
-import shutil
+import math
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.fabric import Fabric
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from lemma_fast.atomic import replace_file
+from lemma_fast.training import signals
 from lemma_fast.training.data.batches import (
     Batch,
     Batches,
     EncodedCrops,
+    InOrder,
     loader,
+    mix,
     split,
 )
-from lemma_fast.training.loop.curves import CurveLogger, leads
-from lemma_fast.training.loop.keeper import LAST, Keeper
+from lemma_fast.training.evaluation.tables import plain_console
+from lemma_fast.training.loop import folder as files
+from lemma_fast.training.loop import weights
+from lemma_fast.training.loop.average import Average
+from lemma_fast.training.loop.devices import Agreement, device_name, launch
 from lemma_fast.training.loop.provenance import provenance
-from lemma_fast.training.loop.stages import STAGES
-from lemma_fast.training.settings.schema import Settings
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.loop.stages import STAGES, Stage
+from lemma_fast.training.settings.schema import WEIGHTS, OptimizerSettings, Settings, plain
+from lemma_fast.training.settings.values import SettingsError
 
-RESULT = "result.json"
-# What may differ between two chunks of one run without changing what is trained.
-_FREE = frozenset(
-    {
-        "output",
-        "data.workers",
-        "data.cache",
-        "run.accelerator",
-        "run.devices",
-        "run.nodes",
-        "run.save_every",
-        "run.tensorboard",
-    }
-)
-_NOISE = (
-    ".*does not have many workers.*",
-    ".*tensorboard.*",
-    ".*module.* in eval mode.*",
-    ".*treespec, LeafSpec.*",
-)
+#: Metrics where less is better.
+FALLING = frozenset({"loss"})
+_JUDGED_AT_ONCE = 256
 
 
 class Outcome(NamedTuple):
@@ -71,51 +54,15 @@ class Outcome(NamedTuple):
     step: int
     total: int
     best: dict[str, float] | None
+    #: Whether this process is the first of its run, the one that writes files.
+    leads: bool = True
+    #: The signal that ended the run before its time.
+    signal: int | None = None
 
     @property
     def finished(self) -> bool:
         """True where all steps are made."""
         return self.step >= self.total
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all, whatever kills the process.
-
-    Lightning's own are moved from the temporary folder, which need not be on the same disk.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-
-class Loaders(L.LightningDataModule):
-    """Hands the trainer the batches that are left."""
-
-    def __init__(self, crops: EncodedCrops, settings: Settings, total: int) -> None:
-        super().__init__()
-        self.crops, self.settings, self.total = crops, settings, total
-
-    def train_dataloader(self) -> torch.utils.data.DataLoader[Batch]:
-        assert self.trainer is not None
-        batches = Batches(
-            len(self.crops),
-            self.settings.run.batch_size,
-            self.settings.seed,
-            # The trainer has restored its step when it asks for the loader.
-            first=self.trainer.global_step,
-            last=self.total,
-            rank=self.trainer.global_rank,
-            ranks=self.trainer.world_size,
-        )
-        return loader(self.crops, batches, self.settings.data.workers)
 
 
 def fit(
@@ -125,174 +72,311 @@ def fit(
     steps: int | None = None,
     restart: bool = False,
     accept_changes: bool = False,
-    callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Train a stage to its end, or for so many minutes or steps; raises SettingsError.
 
     `restart` throws away what is in the stage's folder. `accept_changes` goes on although the
-    settings are no longer those that the stage was begun with.
+    settings are no longer those that the stage was begun with. A signal (`signals`) ends the run
+    after the step that is being made, which is saved.
     """
     settings.check()
-    folder = settings.folder
-    if restart and leads():
-        _clear(folder)
-    # Another rank may look before the files are gone.
-    if not restart and (done := _finished(settings, accept_changes)):
-        return done
-    train, chosen, left_out = split(settings.data)
-    length = settings.lemma_config().max_length
-    filtered = settings.loss.filtered_labels
-    crops = EncodedCrops(train, length, filtered)
-    judged = EncodedCrops(chosen, length, filtered)
-    per_epoch = len(crops) // settings.run.batch_size
-    if not per_epoch:
-        raise SettingsError(
-            f"run.batch_size is {settings.run.batch_size}, but there are {len(crops)} training "
-            "crops"
-        )
-    total = settings.run.steps or round((settings.run.epochs or 0) * per_epoch)
-    saved = None if restart else _saved(folder / LAST)
-    first = 0 if saved is None else int(saved["global_step"])
-    if saved is not None and not accept_changes:
-        _compare(saved["settings"], settings)
-
-    L.seed_everything(settings.seed, verbose=False)
-    module = STAGES[settings.stage](settings, total, per_epoch, fresh=saved is None)
-    folder.mkdir(parents=True, exist_ok=True)
-    if leads():
-        replace_file(folder / "settings.json", json.dumps(dataclasses.asdict(settings), indent=2))
-    keeper = Keeper(
-        judged,
-        provenance(settings, len(crops), len(judged), left_out),
-        end=None if minutes is None else time.monotonic() + 60 * minutes,
-        last=None if steps is None else first + steps,
-    )
-    with _quiet():
-        trainer = _trainer(settings, total, first, [keeper, *callbacks])
-        trainer.fit(
-            module,
-            datamodule=Loaders(crops, settings, total),
-            ckpt_path=None if saved is None else str(folder / LAST),
-            weights_only=True,
-        )
-    outcome = Outcome(folder, trainer.global_step, total, keeper.best)
-    if outcome.finished and trainer.is_global_zero:
-        replace_file(folder / RESULT, json.dumps(keeper.result(outcome.step), indent=2))
-    return outcome
+    fabric = launch(settings)
+    with _alone_in(settings.folder, fabric):
+        if restart:
+            if fabric.is_global_zero:
+                files.clear(settings.folder)
+            # No rank looks before the files are gone.
+            fabric.barrier()
+        elif done := files.finished(settings, accept_changes):
+            made = done["steps"]
+            return Outcome(settings.folder, made, made, done["best"], fabric.is_global_zero)
+        return Run(settings, fabric, accept_changes).train(minutes, steps)
 
 
-def _trainer(settings: Settings, total: int, first: int, callbacks: list[Callback]) -> L.Trainer:
-    run = settings.run
-    loggers: list[Logger] = [CurveLogger(settings.folder / "metrics.csv", first)]
-    if run.tensorboard:
-        # Without `purge_step` a killed chunk's last points would be drawn twice.
-        loggers.append(
-            TensorBoardLogger(
-                settings.folder, name="tensorboard", version="", purge_step=first or None
+class Run:
+    """A stage that is being trained: what a checkpoint holds, and what makes a step."""
+
+    def __init__(self, settings: Settings, fabric: Fabric, accept_changes: bool) -> None:
+        self.settings, self.fabric = settings, fabric
+        self.folder, self.leads = settings.folder, fabric.is_global_zero
+        train, chosen, left_out = split(settings.data)
+        self.per_epoch = len(train) // settings.run.batch_size
+        if not self.per_epoch:
+            raise SettingsError(
+                f"run.batch_size is {settings.run.batch_size}, but there are {len(train)} training "
+                "crops"
             )
+        epochs = settings.run.epochs or 0
+        self.total = settings.run.steps or max(1, round(epochs * self.per_epoch))
+        saved = files.read_checkpoint(self.folder / files.LAST)
+        if saved is not None and not accept_changes:
+            files.compare(saved["settings"], settings)
+
+        torch.manual_seed(settings.seed)
+        self.stage = STAGES[settings.stage](settings, fresh=saved is None)
+        length, filtered = settings.lemma_config().max_length, settings.loss.filtered_labels
+        self.crops = EncodedCrops(train, length, filtered, self.stage.encodings)
+        self.judged = EncodedCrops(chosen, length, filtered, self.stage.encodings)
+        if settings.run.sync_batchnorm:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.stage)
+        self.network = fabric.setup_module(self.stage)
+        self.optimizer = torch.optim.Adam(
+            [{"params": group, "lr": rate} for group, rate in self.stage.parameter_groups()],
+            betas=settings.optimizer.betas,
+            weight_decay=settings.optimizer.weight_decay,
         )
-    strategy: str | DDPStrategy = "auto"
-    if run.devices * run.nodes > 1:
-        # Without the fine-tuning loss the classifier of a prior that learns has no gradient.
-        learns = settings.optimizer.prior_learning_rate != 0
-        unused = settings.stage == "lemma" and settings.loss.weights.fine_tune == 0 and learns
-        strategy = DDPStrategy(find_unused_parameters=unused)
-    return L.Trainer(
-        accelerator=run.accelerator,
-        devices=run.devices,
-        num_nodes=run.nodes,
-        strategy=strategy,
-        precision="bf16-mixed" if run.precision == "bfloat16" else "32-true",
-        max_steps=total,
-        max_epochs=-1,
-        gradient_clip_val=settings.optimizer.clip,
-        sync_batchnorm=run.sync_batchnorm,
-        use_distributed_sampler=False,
-        logger=loggers,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpoints()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: rate_factor(settings.optimizer, step, self.per_epoch, self.total),
+        )
+        self.step = 0
+        self.best: dict[str, float] | None = None
+        self.latest: dict[str, float] = {}
+        self.earlier = 0.0
+        self.sums: dict[str, Tensor] = {}
+        self.summed = 0
+        if saved is not None:
+            self._restore(saved)
+        averaged = None if saved is None else saved["average"]
+        self.average = Average(self.stage.network, settings.run.ema, averaged)
+        self.origin = provenance(settings, len(train), len(chosen), left_out)
+        self.origin["device"] = device_name(fabric)
+        self.curves: files.Curves | None = None
+        if self.leads:
+            self.curves = files.Curves(self.folder, self.step, settings.run.tensorboard)
+            replace_file(self.folder / files.SETTINGS, json.dumps(plain(settings), indent=2))
+        self.bar = _progress_bar(self.leads)
+        self.task = self.bar.add_task(
+            settings.stage, total=self.total, completed=self.step, note=""
+        )
+        self.first, self.since = self.step, time.monotonic()
+
+    def train(self, minutes: float | None, steps: int | None) -> Outcome:
+        """Make the steps that are left, or as many as the budget or a signal leaves time for."""
+        run, fabric = self.settings.run, self.fabric
+        last = self.total if steps is None else self.first + steps
+        end = math.inf if minutes is None else self.since + 60 * minutes
+        batches = Batches(
+            len(self.crops), run.batch_size, self.settings.seed, self.step, self.total,
+            fabric.global_rank, fabric.world_size,
+        )  # fmt: skip
+        agree = Agreement(fabric)
+        word = "stopping after this step" if self.leads else ""
+        with self.bar, signals.held(word) as received:
+            if self.step:
+                self.say(f"{self.settings.stage}: going on from step {self.step}")
+            for batch in loader(self.crops, batches, self.settings.data.workers):
+                self.make_step(fabric.to_device(batch))
+                if self.step % run.log_every == 0:
+                    self.log()
+                validated = self.step % run.validate_every == 0 or self.step == self.total
+                if validated:
+                    self.validate()
+                late, signal = agree(time.monotonic() >= end, *received[:1] or (0,))
+                stop = late or signal or self.step >= last
+                if validated or stop or self.step % run.save_every == 0:
+                    self.save()
+                if stop:
+                    break
+            # One may have come since, and another stage must not begin.
+            (signal,) = agree(*received[:1] or (0,))
+            made, seconds = self.step - self.first, time.monotonic() - self.since
+            if made:
+                self.say(f"{made} steps in {seconds:.0f} s, {made / seconds:.2f} a second")
+        if self.leads and self.step == self.total:
+            self.export(files.LAST_WEIGHTS)
+            replace_file(self.folder / files.RESULT, json.dumps(self._result(), indent=2))
+        if self.curves is not None:
+            self.curves.close()
+        # No rank ends while the first one still writes.
+        fabric.barrier()
+        return Outcome(self.folder, self.step, self.total, self.best, self.leads, signal or None)
+
+    def make_step(self, batch: Batch) -> None:
+        """Follow the gradient of one batch; what is random in it hangs on seed, step and rank."""
+        settings = self.settings
+        seed = mix(settings.seed, self.step, self.fabric.global_rank)
+        torch.manual_seed(seed)
+        with self._autocast():
+            terms = self.network(batch, self.step, seed)
+        self.optimizer.zero_grad()
+        self.fabric.backward(settings.loss.scale * terms["loss"])
+        if settings.optimizer.clip is not None:
+            learned = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(learned, settings.optimizer.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        self.average.update(self.step)
+        for name, value in terms.items():
+            before = self.sums.get(name)
+            self.sums[name] = value.detach() if before is None else before + value.detach()
+        self.summed += 1
+        self.bar.update(self.task, completed=self.step)
+
+    def log(self) -> None:
+        """Write the means of the terms since the last time; raises FloatingPointError."""
+        means = {name: value.item() / self.summed for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"the loss is {means['loss']} at step {self.step}; {self.folder / files.LAST} is "
+                "from before: lower optimizer.learning_rate, or use run.precision=float32"
+            )
+        crops = (self.step - self.first) * self.settings.run.batch_size
+        speed = crops / max(1e-9, time.monotonic() - self.since)
+        self.bar.update(self.task, note=f"loss {means['loss']:.4g}  {speed:.0f} crops/s")
+        if self.curves is not None:
+            values = {f"train/{name}": value for name, value in means.items()}
+            values["epoch"] = self.step / self.per_epoch
+            for number, rate in enumerate(self.schedule.get_last_lr()):
+                values[f"learning_rate/{number}"] = float(rate)
+            self.curves.add(values, self.step)
+            # Not in the file, which does not depend on when and where a run was broken off.
+            self.curves.draw({"crops_per_second": speed}, self.step)
+
+    def validate(self) -> None:
+        """Judge the averaged weights, and export them where they are the best so far."""
+        settings, metric = self.settings, self.settings.select.metric
+        with self.average.in_place(), self._autocast():
+            self.latest = judge(self.fabric, self.stage, self.judged)
+        sign = -1 if metric in FALLING else 1
+        if self.best is None or sign * self.latest[metric] > sign * self.best[metric]:
+            self.best = {"step": self.step, **self.latest}
+            if self.leads:
+                self.export(WEIGHTS)
+        if self.curves is not None:
+            values = {f"validation/{name}": number for name, number in self.latest.items()}
+            self.curves.add(values, self.step)
+        shown = "  ".join(f"{name} {number:.4g}" for name, number in self.latest.items())
+        self.say(f"{settings.stage} step {self.step}/{self.total}  {shown}")
+
+    def save(self) -> None:
+        """Write all that the next chunk goes on from."""
+        if not self.leads:
+            return
+        content = {
+            "global_step": self.step,
+            "state_dict": self.stage.state_dict(),
+            "optimizer_states": [self.optimizer.state_dict()],
+            "lr_schedulers": [self.schedule.state_dict()],
+            "average": self.average.state,
+            "window": {"sums": self.sums, "summed": self.summed},
+            "best": self.best,
+            "latest": self.latest,
+            "seconds": self._seconds(),
+            "settings": plain(self.settings),
+        }
+        files.write_checkpoint(self.folder / files.LAST, content)
+
+    def say(self, text: str) -> None:
+        """Print a line on standard error, above the bar."""
+        if self.leads:
+            self.bar.console.print(text, soft_wrap=True)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        try:
+            self.stage.load_state_dict(saved["state_dict"])
+            self.optimizer.load_state_dict(saved["optimizer_states"][0])
+            self.schedule.load_state_dict(saved["lr_schedulers"][0])
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise SettingsError(
+                f"{self.folder / files.LAST} does not fit the network "
+                f"({str(error).splitlines()[0]}); --restart begins anew"
+            ) from error
+        self.step = int(saved["global_step"])
+        self.best, self.latest = saved["best"], saved["latest"]
+        self.earlier = saved["seconds"]
+        window = saved["window"]
+        self.sums = {name: x.to(self.fabric.device) for name, x in window["sums"].items()}
+        self.summed = window["summed"]
+
+    def export(self, name: str) -> None:
+        """Write the averaged weights with where they come from."""
+        facts = {"steps": str(self.step), "validation": json.dumps(self.latest)}
+        facts["seconds"] = f"{self._seconds():.0f}"
+        path = self.folder / name
+        with self.average.in_place():
+            weights.save(self.stage.network, path, self.origin | facts, self.settings.export)
+
+    def _result(self) -> dict[str, Any]:
+        parsed = {name: json.loads(self.origin[name]) for name in ("settings", "data", "versions")}
+        return {
+            **self.origin,
+            **parsed,
+            "steps": self.step,
+            "best": self.best,
+            "last": self.latest,
+            "seconds": round(self._seconds(), 1),
+        }
+
+    def _seconds(self) -> float:
+        """Seconds of training, those of earlier chunks included."""
+        return self.earlier + time.monotonic() - self.since
+
+    def _autocast(self) -> torch.autocast:
+        half = self.settings.run.precision == "bfloat16"
+        # A cached weight that was cast under no_grad would have no gradient.
+        return torch.autocast(
+            self.fabric.device.type, torch.bfloat16, enabled=half, cache_enabled=False
+        )
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
-    names = ("settings.json", LAST, "best.safetensors", "last.safetensors", "metrics.csv", RESULT)
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-    if (folder / "tensorboard").is_dir():
-        shutil.rmtree(folder / "tensorboard")
-
-
-def _saved(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint says about its run; raises SettingsError where it cannot be read."""
-    if not path.is_file():
-        return None
+@torch.no_grad()
+def judge(fabric: Fabric, stage: Stage, judged: EncodedCrops) -> dict[str, float]:
+    """Means of the scores over all crops, each rank reading its share."""
+    batches = InOrder(len(judged), _JUDGED_AT_ONCE, fabric.global_rank, fabric.world_size)
+    totals: dict[str, Tensor] = {}
+    count = 0
+    stage.network.eval()
+    if fabric.world_size > 1:
+        # Statistics of batch norms are each rank's own; what is exported are those of the first.
+        for buffer in stage.network.buffers():
+            torch.distributed.broadcast(buffer, 0)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {"global_step": content["global_step"], **content["callbacks"]["Keeper"]}
-    except (RuntimeError, KeyError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"{path} cannot be read ({reason}); --restart begins anew") from error
+        for batch in loader(judged, batches, workers=0):
+            for name, values in stage.scores(fabric.to_device(batch)).items():
+                total = values.double().sum().cpu()
+                totals[name] = totals.get(name, torch.zeros_like(total)) + total
+            count += len(batch.labels)
+    finally:
+        stage.train()
+    names = sorted(totals)
+    sums = torch.stack([*(totals[name] for name in names), torch.tensor(float(count)).double()])
+    reduced = fabric.all_reduce(sums.to(fabric.device), reduce_op="sum")
+    assert isinstance(reduced, Tensor)
+    means = (reduced[:-1] / reduced[-1]).tolist()
+    return dict(zip(names, means, strict=True))
 
 
-def _finished(settings: Settings, accept_changes: bool) -> Outcome | None:
-    """The outcome of a stage that is through already."""
-    path = settings.folder / RESULT
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if _changes(result["settings"], settings):
-        if accept_changes:
-            return None
-        _compare(result["settings"], settings)
-    return Outcome(settings.folder, result["steps"], result["steps"], result["best"])
+def rate_factor(settings: OptimizerSettings, step: int, per_epoch: int, total: int) -> float:
+    """What the learning rate is multiplied by at a step, from 0."""
+    warm = min(1.0, (step + 1) / settings.warm_up) if settings.warm_up else 1.0
+    if settings.schedule == "steps":
+        return warm * settings.factor ** (step / per_epoch // settings.step_epochs)
+    if settings.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+    return warm
 
 
-def _compare(old: Mapping[str, Any], settings: Settings) -> None:
-    if changes := _changes(old, settings):
-        raise SettingsError(
-            f"{settings.folder} was begun with other settings: {'; '.join(changes)}. "
-            "--accept-changes goes on all the same, --restart begins anew"
-        )
-
-
-def _changes(old: Mapping[str, Any], settings: Settings) -> list[str]:
-    # JSON has no tuples
-    new, defaults = (
-        json.loads(json.dumps(dataclasses.asdict(values)))
-        for values in (settings, Settings(settings.stage))
-    )
-    # A run of an earlier version says nothing of the words that have come since.
-    before, after = {**dict(_flat(defaults)), **dict(_flat(old))}, dict(_flat(new))
-    return [
-        f"{key} was {before.get(key)}, is {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if key not in _FREE and before.get(key) != after.get(key)
-    ]
-
-
-def _flat(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{at}{key}.")
-        else:
-            yield f"{at}{key}", value
+def _progress_bar(shown: bool) -> Progress:
+    """A bar on standard error; nothing where that is no terminal."""
+    console = plain_console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    return Progress(*columns, console=console, disable=not (shown and console.is_terminal))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning's advice on what is meant to be so stays away."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for message in _NOISE:
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        logger.setLevel(level)
+def _alone_in(folder: Path, fabric: Fabric) -> Iterator[None]:
+    """Keep other runs out of the folder; all ranks raise SettingsError where one is in it."""
+    with ExitStack() as stack:
+        refusal = ""
+        if fabric.is_global_zero:
+            try:
+                stack.enter_context(files.locked(folder))
+            except (SettingsError, OSError) as error:
+                refusal = str(error)
+        if refusal := fabric.broadcast(refusal):
+            raise SettingsError(refusal)
+        yield

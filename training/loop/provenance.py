@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import shlex
@@ -15,7 +14,8 @@ import torch
 
 from lemma_fast import __version__
 from lemma_fast.training.data.lmdb import Records
-from lemma_fast.training.settings.schema import Settings
+from lemma_fast.training.evaluation.tables import readable
+from lemma_fast.training.settings.schema import Settings, plain
 from lemma_fast.training.synthesis.words import digest
 
 _SELECTION = {
@@ -33,13 +33,13 @@ def provenance(
     recipes = {Path(root).name: _recipe(root) for root in (*data.train, *data.validation)}
     return {
         "stage": settings.stage,
-        "settings": json.dumps(dataclasses.asdict(settings)),
+        "settings": json.dumps(plain(settings)),
         "data": json.dumps(recipes),
         **_words(settings),
         "crops": f"{train_crops} to train on, {chosen_crops} to choose on, "
         f"{len(left_out)} damaged and left out",
         "selection": _SELECTION[data.selection],
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": readable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "seed": str(settings.seed),
         "versions": json.dumps(
             {
@@ -52,18 +52,11 @@ def provenance(
     }
 
 
-def device_name(device: torch.device) -> str:
-    """What a device is called."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
 def _words(settings: Settings) -> dict[str, str]:
     words = settings.data.words
     if settings.stage != "language" or words is None:
         return {}
-    return {"words": f"{words}, sha256 {digest(words)}"}
+    return {"words": f"{readable(words)}, sha256 {digest(words)}"}
 
 
 def _recipe(root: str) -> dict[str, object] | None:

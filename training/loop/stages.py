@@ -1,52 +1,221 @@
-"""The stages by their names, and those of them that teach a recogniser to read."""
+"""The stages by their names: what each trains, by which objective, and how it is judged."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from lemma_fast.model import text_prior
+from lemma_fast.acceleration import training_operations
+from lemma_fast.baselines import Baseline, build_baseline
+from lemma_fast.model import LEMMA, text_prior
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import Prior, TextPrior
-from lemma_fast.recognizers import CRNN, TextFocus
-from lemma_fast.training.data.batches import Batch, mix
-from lemma_fast.training.data.labels import encode_prior_labels
+from lemma_fast.ops import Operations, reference
+from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
+from lemma_fast.training.data.batches import Batch, Encoding, mix
+from lemma_fast.training.data.labels import CTCLabels, encode_prior_labels
+from lemma_fast.training.data.pairs import with_mask
+from lemma_fast.training.evaluation.metrics import psnr, ssim, word_hits
 from lemma_fast.training.loop import weights
-from lemma_fast.training.loop.module import StageModule
-from lemma_fast.training.loop.restoration import BaselineStage, LemmaStage
 from lemma_fast.training.losses.lemma import (
     IGNORED,
+    LemmaLoss,
     crnn_ctc_loss,
+    gradient_profile_loss,
     position_cross_entropy,
     text_focus_cross_entropy,
     without_padding,
 )
-from lemma_fast.training.losses.prior import prior_loss, read_prior, simulated_reading
+from lemma_fast.training.losses.prior import (
+    prior_encoding,
+    prior_labels,
+    prior_loss,
+    read_prior,
+    reading_loss,
+    simulated_reading,
+)
+from lemma_fast.training.networks import super_resolve
 from lemma_fast.training.settings.schema import BASELINES, Settings
+from lemma_fast.training.settings.values import SettingsError
 from lemma_fast.training.synthesis.words import Vocabulary
 
+M = TypeVar("M", bound=nn.Module)
 
-class PriorStage(StageModule):
+
+class Stage(nn.Module):
+    """One stage; `network` is what is exported.
+
+    All that it draws in a step comes from the step's seed, so that a resumed run draws what an
+    uninterrupted one does, whatever came between. With `fresh`, the network starts from what the
+    settings name; else a checkpoint follows.
+    """
+
+    #: The encodings of labels that the objective asks for.
+    encodings: frozenset[Encoding] = frozenset()
+
+    def __init__(self, settings: Settings, network: nn.Module, fresh: bool) -> None:
+        super().__init__()
+        self.settings = settings
+        self.network = network
+        if fresh:
+            weights.start(network, settings)
+
+    @abstractmethod
+    def terms(self, batch: Batch, step: int, seed: int) -> dict[str, Tensor]:
+        """The objective under `loss` and what it is made of, scalars."""
+
+    @abstractmethod
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        """What the network is judged by, a number a crop (N,)."""
+
+    def forward(self, batch: Batch, step: int, seed: int) -> dict[str, Tensor]:
+        """As `terms`, of which `loss` alone has a gradient."""
+        terms = self.terms(batch, step, seed)
+        return {name: x if name == "loss" else x.detach() for name, x in terms.items()}
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Parameters and their learning rate."""
+        return [(list(self.network.parameters()), self.settings.optimizer.learning_rate)]
+
+    def _hits(self, texts: list[str], batch: Batch) -> Tensor:
+        return torch.from_numpy(word_hits(texts, batch.labels))
+
+    def _looked_at(self, batch: Batch, align_corners: bool) -> Tensor:
+        """RGB [N, 3, 32, 128] that a recogniser learns from: hr, lr, or every other one of each."""
+        hr = batch.hr.float() / 255
+        if self.settings.images == "hr":
+            return hr
+        size = hr.shape[-2:]
+        lr = F.interpolate(
+            batch.lr.float() / 255, size, mode="bicubic", align_corners=align_corners
+        )
+        if self.settings.images == "lr":
+            return lr
+        odd = torch.arange(len(hr), device=hr.device) % 2 == 1
+        return torch.where(odd[:, None, None, None], lr, hr)
+
+
+class RestorationStage(Stage):
+    """LEMMA or a baseline: crops against the true ones, by the objective of the settings."""
+
+    network: LEMMA | Baseline
+
+    def __init__(self, settings: Settings, fresh: bool = True) -> None:
+        operations = op_table(settings.ops)
+        network: LEMMA | Baseline
+        if settings.stage == "lemma":
+            network = LEMMA(settings.lemma_config(), operations)
+        else:
+            network = build_baseline(settings.baseline_config(), operations)
+        super().__init__(settings, network, fresh)
+        wanted = settings.loss
+        focus = wanted.recognizer if wanted.weights.text_focus != 0 else None
+        encodings: set[Encoding] = set() if focus is None else {"focus"}
+        if isinstance(network, LEMMA) and (wanted.weights.fine_tune or wanted.reading):
+            encodings.add(prior_encoding(network.prior))
+        self.encodings = frozenset(encodings)
+        self.loss = LemmaLoss(
+            _reader(TextFocus, settings, focus),
+            wanted.weights,
+            distance=wanted.distance,
+            attention_padding=wanted.attention_padding,
+            unit_diagonal=wanted.unit_diagonal,
+            double_softmax=wanted.double_softmax,
+            fine_tune_padding=wanted.fine_tune_padding,
+        )
+        judge = _reader(CRNN, settings, settings.select.recognizer)
+        # Kept out of the registry: neither DDP nor the optimiser has business with it.
+        self._judges = () if judge is None else (judge,)
+        self.train()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RestorationStage:
+        # .to() passes through here
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for judge in self._judges:
+            judge._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def train(self, mode: bool = True) -> RestorationStage:
+        """As any module, but a prior that is not taught stays as it is, statistics too."""
+        super().train(mode)
+        if isinstance(self.network, LEMMA) and self.settings.optimizer.prior_learning_rate == 0:
+            self.network.prior.eval().requires_grad_(False)
+        return self
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        if not isinstance(self.network, LEMMA):
+            return super().parameter_groups()
+        prior = list(self.network.prior.parameters())
+        known = {id(parameter) for parameter in prior}
+        rest = [p for p in self.network.parameters() if id(p) not in known]
+        settings = self.settings.optimizer
+        return [(rest, settings.learning_rate), (prior, settings.prior_learning_rate)]
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
+        sr, prior = super_resolve(self.network, with_mask(batch.lr))
+        sr = sr.float()
+        # A network of three channels has no mask to compare.
+        hr = with_mask(batch.hr)[:, : sr.shape[1]]
+        labels: Tensor | CTCLabels | None = None
+        if isinstance(self.network, LEMMA):
+            labels = prior_labels(self.network.prior, batch)
+        terms = self.loss(sr, hr, batch.focus, prior, labels)._asdict()
+        terms = {"loss": terms.pop("total"), **terms}
+        if profile := self.settings.loss.gradient_profile:
+            terms["gradient_profile"] = gradient_profile_loss(sr[:, :3], hr[:, :3])
+            terms["loss"] = terms["loss"] + profile * terms["gradient_profile"]
+        if isinstance(self.network, LEMMA) and (reading := self.settings.loss.reading):
+            reader = self.network.prior
+            assert isinstance(reader, TextPrior) and batch.prior_ids is not None
+            terms["reading"] = reading_loss(reader, sr[:, :3], hr[:, :3], batch.prior_ids)
+            terms["loss"] = terms["loss"] + reading * terms["reading"]
+        return sr, hr, prior, terms
+
+    def terms(self, batch: Batch, step: int, seed: int) -> dict[str, Tensor]:
+        weights = self.settings.loss.weights
+        if step < self.settings.loss.pixel_steps:
+            weights = replace(weights, text_focus=0.0)
+        self.loss.weights = weights
+        return self._forward(batch)[-1]
+
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        # the whole objective from the first step on, so that the curve is of one thing
+        self.loss.weights = self.settings.loss.weights
+        sr, hr, prior, terms = self._forward(batch)
+        scores = {name: value.expand(len(sr)) for name, value in terms.items()}
+        scores["psnr"] = psnr(sr, hr)
+        scores["ssim"] = ssim(sr, hr)
+        if prior is not None and isinstance(self.network, LEMMA):
+            texts = read_prior(prior.img_logits, self.network.config)
+            scores["prior_accuracy"] = self._hits(texts, batch)
+        for judge in self._judges:
+            texts = [reading.text for reading in judge.read(sr[:, :3].clamp(0, 1))]
+            scores["accuracy"] = self._hits(texts, batch)
+        return scores
+
+
+class PriorStage(Stage):
     """The prior alone: ABINet's vision and language parts, or a CRNN, learn to read."""
 
     network: TextPrior | CRNNPrior
 
-    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
-        super().__init__(settings, total, per_epoch)
-        self.network = text_prior(settings.lemma_config())
-        if fresh:
-            weights.start(self.network, settings)
+    def __init__(self, settings: Settings, fresh: bool = True) -> None:
+        prior = text_prior(settings.lemma_config())
+        super().__init__(settings, prior, fresh)
+        self.encodings = frozenset({prior_encoding(prior)})
 
     def _forward(self, batch: Batch) -> tuple[Prior, Tensor]:
         prior, _ = self.network(self._looked_at(batch, align_corners=True))
         return prior, prior_loss(self.network, prior, batch)
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
+    def terms(self, batch: Batch, step: int, seed: int) -> dict[str, Tensor]:
         return {"loss": self._forward(batch)[1]}
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
@@ -58,9 +227,6 @@ class PriorStage(StageModule):
             "language_accuracy": self._hits(read_prior(prior.text_logits, config), batch),
         }
 
-    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
-        weights.save_prior(self.network, path, provenance, self.settings.export)
-
 
 class LanguageStage(PriorStage):
     """The language part of ABINet's prior alone: it learns to spell, from words without images.
@@ -71,8 +237,8 @@ class LanguageStage(PriorStage):
 
     network: TextPrior
 
-    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
-        super().__init__(settings, total, per_epoch, fresh)
+    def __init__(self, settings: Settings, fresh: bool = True) -> None:
+        super().__init__(settings, fresh)
         # It has no gradient, and several devices want to know that beforehand.
         self.network.vision.requires_grad_(False)
         words = settings.data.words
@@ -83,9 +249,9 @@ class LanguageStage(PriorStage):
         logits = self.network.language(read, self.network.valid_lengths(read)).float()
         return logits, position_cross_entropy(logits, without_padding(ids))
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
+    def terms(self, batch: Batch, step: int, seed: int) -> dict[str, Tensor]:
         ids = batch.prior_ids
-        seed = mix(self.settings.seed, self.global_step, self.global_rank)
+        assert ids is not None
         if self.vocabulary is not None:
             rng = np.random.default_rng(seed)
             words = [self.vocabulary.draw(rng, "") for _ in range(len(ids))]
@@ -95,6 +261,7 @@ class LanguageStage(PriorStage):
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         ids = batch.prior_ids
+        assert ids is not None
         # A word is read alike in whatever batch, so that ranks and runs compare.
         seeds = [mix(*word) for word in ids.tolist()]
         read = [
@@ -107,26 +274,30 @@ class LanguageStage(PriorStage):
         return {"loss": loss.expand(len(ids)), "character_accuracy": right}
 
 
-class ReaderStage(StageModule):
-    """A recogniser that is taught to read; the two below say which, and by what loss."""
+class ReaderStage(Stage):
+    """A recogniser that learns to read: the loss's by teacher forcing, the evaluator by CTC."""
 
     network: TextFocus | CRNN
 
-    def __init__(self, settings: Settings, total: int, per_epoch: int, fresh: bool = True) -> None:
-        super().__init__(settings, total, per_epoch)
-        self.network = self._build(settings)
-        if fresh:
-            weights.start(self.network, settings)
+    def __init__(self, settings: Settings, fresh: bool = True) -> None:
+        network: TextFocus | CRNN
+        if settings.stage == "text_focus":
+            network = TextFocus(settings.text_focus_config())
+        else:
+            network = CRNN(settings.crnn_config())
+        super().__init__(settings, network, fresh)
+        self.encodings = frozenset({"ctc" if isinstance(network, CRNN) else "focus"})
 
-    @abstractmethod
-    def _build(self, settings: Settings) -> TextFocus | CRNN:
-        """Return the network as its config has it."""
-
-    @abstractmethod
     def _loss(self, images: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of reading `images`."""
+        shown = self.network.prepare(images)
+        if isinstance(self.network, CRNN):
+            assert batch.ctc is not None
+            return crnn_ctc_loss(self.network(shown), batch.ctc)
+        assert batch.focus is not None
+        logits = self.network(shown, batch.focus.inputs).logits
+        return text_focus_cross_entropy(logits.float(), batch.focus)
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
+    def terms(self, batch: Batch, step: int, seed: int) -> dict[str, Tensor]:
         return {"loss": self._loss(self._looked_at(batch, align_corners=False), batch)}
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
@@ -135,40 +306,35 @@ class ReaderStage(StageModule):
         loss = self._loss(images, batch).expand(len(images))
         return {"loss": loss, "accuracy": self._hits(texts, batch)}
 
-    def save(self, path: Path, provenance: Mapping[str, str]) -> None:
-        weights.save_recognizer(self.network, path, provenance, self.settings.export)
 
-
-class TextFocusStage(ReaderStage):
-    """The loss recogniser, taught by teacher forcing."""
-
-    network: TextFocus
-
-    def _build(self, settings: Settings) -> TextFocus:
-        return TextFocus(settings.text_focus_config())
-
-    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
-        logits = self.network(self.network.prepare(images), batch.focus.inputs).logits
-        return text_focus_cross_entropy(logits.float(), batch.focus)
-
-
-class CRNNStage(ReaderStage):
-    """The evaluator, by CTC."""
-
-    network: CRNN
-
-    def _build(self, settings: Settings) -> CRNN:
-        return CRNN(settings.crnn_config())
-
-    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
-        return crnn_ctc_loss(self.network(self.network.prepare(images)), batch.ctc)
-
-
-STAGES: Mapping[str, type[LemmaStage | BaselineStage | PriorStage | TextFocusStage | CRNNStage]] = {
-    "lemma": LemmaStage,
-    "language": LanguageStage,
+STAGES: Mapping[str, type[RestorationStage | PriorStage | ReaderStage]] = {
+    "lemma": RestorationStage,
+    **dict.fromkeys(BASELINES, RestorationStage),
     "prior": PriorStage,
-    "text_focus": TextFocusStage,
-    "crnn": CRNNStage,
-    **dict.fromkeys(BASELINES, BaselineStage),
+    "language": LanguageStage,
+    "text_focus": ReaderStage,
+    "crnn": ReaderStage,
 }
+
+
+def op_table(name: str) -> Operations:
+    """The operations by their config word; raises SettingsError where they cannot run."""
+    if name == "reference":
+        return reference
+    try:
+        return training_operations("cpu" if name == "native" else "cuda")
+    except ImportError as error:
+        raise SettingsError(
+            f"ops: {name} cannot be used here ({error}); write ops: reference, or install what is "
+            "missing"
+        ) from error
+
+
+def _reader(kind: type[M], settings: Settings, checkpoint: str | None) -> M | None:
+    """The recogniser of a checkpoint in the settings, if one is named."""
+    if checkpoint is None:
+        return None
+    name = "crnn" if kind is CRNN else "text_focus"
+    reader: object = load_recognizer(name, settings.path(checkpoint), device="cpu")
+    assert isinstance(reader, kind)
+    return reader

@@ -20,7 +20,7 @@ from lemma_fast.model.prior import TextPrior
 from lemma_fast.recognizers import CRNN, TextFocus
 from lemma_fast.training.loop.interpolation import start_from_interpolation
 from lemma_fast.training.settings.schema import Settings
-from lemma_fast.training.settings.typed import SettingsError
+from lemma_fast.training.settings.values import SettingsError
 
 #: `format` in the metadata of a prior that was trained alone.
 PRIOR_FORMAT = "lemma-fast prior 1"
@@ -41,44 +41,32 @@ def stored(network: nn.Module, dtype: str) -> nn.Module:
     return network
 
 
-def save_lemma(network: LEMMA, path: Path, provenance: Mapping[str, str], dtype: str) -> None:
-    """Write a network that `lemma_fast.load` opens."""
-    copied = stored(network, dtype)
-    assert isinstance(copied, LEMMA)
-    checkpoint.save(copied, path, provenance)
+def save(network: nn.Module, path: Path, provenance: Mapping[str, str], dtype: str) -> None:
+    """Write a network of a stage, with where it comes from in the metadata.
+
+    A LEMMA is what `lemma_fast.load` opens, a baseline what `baselines.open_network` does, a prior
+    what `start.prior` takes, a recogniser what `load_recognizer` opens.
+    """
+    network = stored(network, dtype)
+    if isinstance(network, LEMMA):
+        checkpoint.save(network, path, provenance)
+    elif isinstance(network, Baseline):
+        baselines.save_baseline(network, path, provenance)
+    elif isinstance(network, TextPrior | CRNNPrior):
+        metadata = {
+            "format": PRIOR_FORMAT,
+            "config": json.dumps(network.config.to_dict()),
+            "sha256": checkpoint.digest(network.state_dict()),
+        }
+        save_weights(network, path, {**metadata, **provenance})
+    elif isinstance(network, TextFocus | CRNN):
+        metadata = {"recognizer": network.name, "config": config_to_json(network.config)}
+        save_weights(network, path, {**metadata, **provenance})
+    else:
+        raise TypeError(f"a {type(network).__name__} is not what a stage trains")
 
 
-def save_baseline(network: Baseline, path: Path, provenance: Mapping[str, str], dtype: str) -> None:
-    """Write a baseline that `baselines.open_network` opens."""
-    copied = stored(network, dtype)
-    assert isinstance(copied, Baseline)
-    baselines.save_baseline(copied, path, provenance)
-
-
-def save_prior(
-    network: TextPrior | CRNNPrior, path: Path, provenance: Mapping[str, str], dtype: str
-) -> None:
-    """Write a prior that `start.prior` takes."""
-    copied = stored(network, dtype)
-    metadata = {
-        "format": PRIOR_FORMAT,
-        "config": json.dumps(network.config.to_dict()),
-        "sha256": checkpoint.digest(copied.state_dict()),
-    }
-    save_weights(copied, path, {**metadata, **provenance})
-
-
-def save_recognizer(
-    network: TextFocus | CRNN, path: Path, provenance: Mapping[str, str], dtype: str
-) -> None:
-    """Write a recogniser that `load_recognizer` opens."""
-    metadata = {"recognizer": network.name, "config": config_to_json(network.config)}
-    save_weights(stored(network, dtype), path, {**metadata, **provenance})
-
-
-def start(
-    network: LEMMA | Baseline | TextPrior | CRNNPrior | TextFocus | CRNN, settings: Settings
-) -> None:
+def start(network: nn.Module, settings: Settings) -> None:
     """Load what `settings.start` names into a fresh network; raises SettingsError."""
     wanted = settings.start
     if wanted.interpolation:

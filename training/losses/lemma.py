@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemma_fast.model.prior import Prior
 from lemma_fast.recognizers.text_focus import TextFocus
 from lemma_fast.training.data.labels import CTCLabels, FocusLabels
 from lemma_fast.training.losses.confusion import confusion_weights
@@ -30,20 +31,6 @@ _LOG_FLOOR = 1e-5
 IGNORED = -100
 #: What the published training multiplies the loss by; its gradient clipping counts on it.
 LOSS_SCALE = 100.0
-
-
-class PriorLogits(Protocol):
-    """The part of the model's prior that the fine-tuning loss reads."""
-
-    @property
-    def img_logits(self) -> Tensor:
-        """(N, T, 37), read from the image."""
-        ...
-
-    @property
-    def text_logits(self) -> Tensor:
-        """(N, T, 37), corrected by the language model."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +287,7 @@ class LemmaLoss(nn.Module):
         sr: Tensor,
         hr: Tensor,
         labels: FocusLabels | None = None,
-        prior: PriorLogits | None = None,
+        prior: Prior | None = None,
         label_ids: Tensor | CTCLabels | None = None,
     ) -> LossTerms:
         """Return the total, not scaled by `LOSS_SCALE`, and its terms.

@@ -10,7 +10,7 @@ from lemma_fast.config import LemmaConfig
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import Prior, TextPrior
 from lemma_fast.recognizers.charset import PRIOR
-from lemma_fast.training.data.batches import Batch
+from lemma_fast.training.data.batches import Batch, Encoding
 from lemma_fast.training.data.labels import CTCLabels
 from lemma_fast.training.losses.lemma import (
     IGNORED,
@@ -22,9 +22,17 @@ from lemma_fast.training.losses.lemma import (
 )
 
 
-def prior_labels(network: TextPrior | CRNNPrior, batch: Batch) -> Tensor | CTCLabels:
-    """The labels that the prior's classes are held to: ids by position, or those of CTC."""
-    if isinstance(network, TextPrior):
+def prior_encoding(network: TextPrior | CRNNPrior) -> Encoding:
+    """The encoding of labels that the prior is taught by."""
+    return "prior" if isinstance(network, TextPrior) else "ctc"
+
+
+def prior_labels(network: TextPrior | CRNNPrior, batch: Batch) -> Tensor | CTCLabels | None:
+    """The labels that the prior's classes are held to: ids by position, or those of CTC.
+
+    None where the batch was made without them.
+    """
+    if isinstance(network, TextPrior) or batch.ctc is None:
         return batch.prior_ids
     # From the CRNN's own order of classes to the prior's.
     return CTCLabels(network.order.argsort()[batch.ctc.targets], batch.ctc.lengths)
@@ -33,6 +41,8 @@ def prior_labels(network: TextPrior | CRNNPrior, batch: Batch) -> Tensor | CTCLa
 def prior_loss(network: TextPrior | CRNNPrior, prior: Prior, batch: Batch) -> Tensor:
     """What the prior is taught by on its own: plain cross-entropy without padding, or CTC."""
     labels = prior_labels(network, batch)
+    if labels is None:
+        raise ValueError("the prior's loss needs labels in the prior's encoding")
     if isinstance(labels, CTCLabels):
         return crnn_ctc_loss(prior.text_logits.transpose(0, 1), labels)
     return fine_tune_loss(

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,8 +26,18 @@ from lemma_fast.baselines import BaselineConfig
 from lemma_fast.config import LemmaConfig
 from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
 from lemma_fast.training.losses.lemma import LOSS_SCALE, LossWeights, PixelDistance
-from lemma_fast.training.settings.config_files import locate, read
-from lemma_fast.training.settings.typed import SettingsError, Values, build, merge
+from lemma_fast.training.settings.values import (
+    SettingsError,
+    Values,
+    build,
+    locate,
+    merge,
+    nested,
+    override,
+    read,
+    shown,
+    table,
+)
 
 Stage = Literal["language", "prior", "text_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"]
 T = TypeVar("T")
@@ -37,6 +48,28 @@ BASELINES = ("srcnn", "srresnet", "tsrn")
 #: The name of a stage's exported weights in its folder.
 WEIGHTS = "best.safetensors"
 _REFERENCE = "stage:"
+_LARGEST = 2**63 - 1
+# Least and largest values, both included.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "seed": (0, _LARGEST),
+    "data.held_out_seed": (0, _LARGEST),
+    "data.validation_crops": (1, _LARGEST),
+    "data.workers": (0, 1024),
+    "loss.pixel_steps": (0, _LARGEST),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.prior_learning_rate": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.clip": (0, math.inf),
+    "optimizer.step_epochs": (1e-9, math.inf),
+    "optimizer.warm_up": (0, _LARGEST),
+    **{
+        f"run.{name}": (1, _LARGEST)
+        for name in (
+            "steps", "batch_size", "devices", "nodes", "validate_every", "save_every", "log_every"
+        )
+    },
+    "run.epochs": (1e-9, 1e9),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -192,7 +225,7 @@ class Settings:
         merged = merge(_preset(presets, values, "model").to_dict(), values)
         try:
             return LemmaConfig.from_dict(merged)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             raise SettingsError(f"model: {error}") from error
 
     def text_focus_config(self) -> TextFocusConfig:
@@ -207,17 +240,21 @@ class Settings:
 
     def baseline_config(self) -> BaselineConfig:
         """The baseline's sizes; raises SettingsError."""
-        try:
-            paper = dataclasses.asdict(BaselineConfig.paper(self.stage))
-            values = {**paper, **self.baseline, "name": self.stage}
-            return build(BaselineConfig, values, "baseline.")
-        except SettingsError:
-            raise
-        except ValueError as error:
-            raise SettingsError(f"baseline: {error}") from error
+        paper = dataclasses.asdict(BaselineConfig.paper(self.stage))
+        return build(BaselineConfig, {**paper, **self.baseline, "name": self.stage}, "baseline.")
+
+    @property
+    def restores(self) -> bool:
+        """Whether the stage trains a network that restores crops: LEMMA, or a baseline."""
+        return self.stage in ("lemma", *BASELINES)
 
     def check(self) -> None:
-        """Raise SettingsError where values contradict each other."""
+        """Raise SettingsError where values are out of range or contradict each other."""
+        for name, (low, high) in _RANGES.items():
+            value = attrgetter(name)(self)
+            if value is not None and not low <= value <= high:
+                bound = f"at least {low}" if value < low else f"at most {high}"
+                raise SettingsError(f"{name} must be {bound}, got {value}")
         data, run = self.data, self.run
         if not data.train:
             raise SettingsError("data.train names no set: give it an LMDB, data.train=[train.lmdb]")
@@ -229,29 +266,24 @@ class Settings:
             raise SettingsError(f"data.held_out_share {data.held_out_share} is not between 0 and 1")
         if (run.steps is None) == (run.epochs is None):
             raise SettingsError("give one of run.steps and run.epochs, the other null")
-        for name in ("batch_size", "devices", "nodes", "validate_every", "save_every", "log_every"):
-            if getattr(run, name) < 1:
-                raise SettingsError(f"run.{name} must be at least 1, got {getattr(run, name)}")
         if run.ema is not None and not 0 < run.ema < 1:
             raise SettingsError(f"run.ema {run.ema} is not between 0 and 1")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise SettingsError(f"optimizer.betas {self.optimizer.betas} are not in 0 to 1")
+        self._check_stage()
+        if self.restores:
+            self._check_restoration()
+
+    def _check_stage(self) -> None:
         wanted, stage = self.select.metric, self.stage
-        restores = stage in ("lemma", *BASELINES)
-        known: tuple[str, ...] = ("accuracy", "loss")
-        if restores:
-            known = ("psnr", *known)
+        known: tuple[str, ...] = (
+            ("psnr", "accuracy", "loss") if self.restores else ("accuracy", "loss")
+        )
         if stage == "language":
             known = ("loss",)
         if wanted not in known:
             raise SettingsError(
                 f"select.metric {wanted} means nothing to stage {stage}: {', '.join(known)}"
-            )
-        if restores and wanted == "accuracy" and self.select.recognizer is None:
-            raise SettingsError("select.metric accuracy needs select.recognizer, a CRNN checkpoint")
-        text_focus = self.loss.weights.text_focus != 0
-        if restores and text_focus and self.loss.recognizer is None:
-            raise SettingsError(
-                "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
-                "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
             )
         if stage in ("language", "prior", "lemma"):
             network = self.lemma_config()
@@ -263,16 +295,23 @@ class Settings:
             self.crnn_config()
         else:
             self.baseline_config()
-        if restores and self.loss.reading != 0:
-            self._check_reading()
 
-    def _check_reading(self) -> None:
+    def _check_restoration(self) -> None:
+        if self.select.metric == "accuracy" and self.select.recognizer is None:
+            raise SettingsError("select.metric accuracy needs select.recognizer, a CRNN checkpoint")
+        if self.loss.weights.text_focus != 0 and self.loss.recognizer is None:
+            raise SettingsError(
+                "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
+                "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
+            )
+        if self.loss.reading == 0:
+            return
         if self.stage != "lemma" or self.lemma_config().text_prior != "abinet":
             raise SettingsError("loss.reading needs stage lemma with ABINet as its text prior")
         if self.optimizer.prior_learning_rate != 0:
             raise SettingsError(
-                "loss.reading needs optimizer.prior_learning_rate=0: a reader that learns would "
-                "meet the network halfway"
+                "loss.reading needs optimizer.prior_learning_rate=0: a reader that also learns "
+                "would learn to read whatever the network makes"
             )
         if not self.loss.filtered_labels:
             raise SettingsError(
@@ -284,25 +323,24 @@ def stages(config: str | Path, overrides: Sequence[str] = ()) -> list[Settings]:
     """All stages of a config, in the order in which they are trained; raises SettingsError."""
     values = read(locate(config))
     own = values.pop("stages", None)
-    if own is None:
-        own = {str(values.get("stage", "lemma")): {}}
-    if not isinstance(own, dict) or not own:
-        raise SettingsError("stages must be a table of stages")
-    values.pop("stage", None)
+    lone = values.pop("stage", "lemma")
+    own = table({str(lone): {}} if own is None else own, "stages")
+    if not own:
+        raise SettingsError("stages names no stage")
+    own = {name: table(changes or {}, f"stages.{name}") for name, changes in own.items()}
     common: Values = {}
-    for override in overrides:
-        keys, value = _override(override)
+    for text in overrides:
+        keys, value = override(text)
         if keys[0] == "stages":
             if len(keys) < 3 or keys[1] not in own:
-                raise SettingsError(f"{override}: there is stages.{', stages.'.join(own)}")
-            own[keys[1]] = merge(own[keys[1]] or {}, _nested(keys[2:], value))
+                raise SettingsError(f"{text}: there is stages.{', stages.'.join(own)}")
+            own[keys[1]] = merge(own[keys[1]], nested(keys[2:], value))
         else:
-            common = merge(common, _nested(keys, value))
-    found = []
-    for stage, changes in own.items():
-        resolved = merge(merge(values, changes or {}), common)
-        found.append(build(Settings, {**resolved, "stage": stage}))
-    return found
+            common = merge(common, nested(keys, value))
+    return [
+        build(Settings, {**merge(merge(values, changes), common), "stage": name})
+        for name, changes in own.items()
+    ]
 
 
 def choose(config: str | Path, stage: str = "all", overrides: Sequence[str] = ()) -> list[Settings]:
@@ -318,46 +356,28 @@ def choose(config: str | Path, stage: str = "all", overrides: Sequence[str] = ()
     return found
 
 
+def as_yaml(chosen: Sequence[Settings]) -> str:
+    """The settings as a YAML file of stages."""
+    tables = {settings.stage: plain(settings) for settings in chosen}
+    for values in tables.values():
+        del values["stage"]
+    return str(yaml.safe_dump({"stages": tables}, sort_keys=False))
+
+
+def plain(settings: Settings) -> Values:
+    """The settings as JSON has them, which knows no tuples."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(settings))))
+
+
 def _preset(presets: Mapping[str, T], values: Values, at: str) -> T:
     """Take `preset` out of `values`; the first one is the default."""
     name = values.pop("preset", next(iter(presets)))
-    if name not in presets:
-        raise SettingsError(f"{at}.preset is one of {', '.join(presets)}; not {name!r}")
+    if not isinstance(name, str) or name not in presets:
+        raise SettingsError(f"{at}.preset is one of {', '.join(presets)}; not {shown(name)}")
     return presets[name]
 
 
 def _recognizer(presets: Mapping[str, T], entries: Values) -> T:
     values = dict(entries)
     preset: Any = _preset(presets, values, "recognizer")
-    try:
-        return build(type(preset), merge(dataclasses.asdict(preset), values), "recognizer.")
-    except SettingsError:
-        raise
-    except ValueError as error:
-        raise SettingsError(f"recognizer: {error}") from error
-
-
-def _override(text: str) -> tuple[list[str], Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise SettingsError(f"{text!r} is not KEY=VALUE, such as run.steps=1000")
-    try:
-        return key.split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{text!r}: the value is not YAML: {error}") from error
-
-
-def _nested(keys: Sequence[str], value: Any) -> Values:
-    for key in reversed(keys):
-        value = {key: value}
-    return typing.cast(Values, value)
-
-
-def as_yaml(chosen: Sequence[Settings]) -> str:
-    """The settings as a YAML file of stages."""
-    tables = {settings.stage: dataclasses.asdict(settings) for settings in chosen}
-    for table in tables.values():
-        del table["stage"]
-    # YAML has no tuples
-    plain = json.loads(json.dumps({"stages": tables}))
-    return str(yaml.safe_dump(plain, sort_keys=False))
+    return build(type(preset), merge(dataclasses.asdict(preset), values), "recognizer.")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
+from multiprocessing import resource_tracker
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -202,6 +203,8 @@ def _encoded(options: _Options, seed: int, n: int, jobs: int) -> Iterator[_Encod
 
 def _pool(jobs: int) -> Pool:
     """Processes that Ctrl-C does not end: the terminal sends it to all, and this one ends them."""
+    # Its start, which a pool asks for otherwise, would let the signal through.
+    resource_tracker.ensure_running()
     held = {signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:

@@ -1,0 +1,1 @@
+"""What benchmarks/gpu_suite.py is made of: its plan, its processes, its parts and its records."""

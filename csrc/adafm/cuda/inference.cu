@@ -1,0 +1,294 @@
+// AdaFM in inference: two launches for any number of images, on the parameters that fold.cu made.
+//
+//   pool_kernel   u_1 = PReLU(reduce_1 [features; guidance]); for every channel the sum of
+//                 x_1 = project_1 u_1, weighted by GDW, over each block's positions
+//   fuse_kernel   the gate from those sums; x_2, then u_4, then u_3;
+//                 out = project_3 u_3 + project_4 u_4
+//
+// A block keeps 256 positions (128 in fp32) of all channels in registers through the whole chain;
+// the matrices come through shared memory, the next one on its way while one is used.
+//
+// Floor at N = 64, C = 64, 16 x 64, 16 bits: two maps read and one written, 25 MB, 8 us at 3 TB/s.
+// Here the two maps are read twice: the second time they come from the L2 cache where it holds them
+// (17 MB of an H100's 50 MB), else 42 MB move. Arithmetic 5.9 GFLOP: 3 matrices of C x C in the
+// first launch and 8 in the second. The gate could be taken into a matrix of its own for each image
+// (reduce_4 diag(gate) project_2), but with 256 positions a block that saves one of eight products
+// and costs a quarter of one, a barrier and a rounding: it stays a scaling.
+
+#include "adafm/cuda/folded.cuh"
+
+namespace lemma_fast::adafm {
+namespace {
+
+constexpr int kPoolMatrices = reduce_matrix(1);
+constexpr int kFuseMatrices = kGateMatrix - kPoolMatrices;
+
+// Matrices in turn, through two places in shared memory: one is used, one is filled.
+template <class T>
+struct Matrices {
+  const T* source;
+  T (*places)[kMatrix];
+  int count;
+  int current = 0;
+
+  __device__ Matrices(const T* source, T (&places)[2][kMatrix], int count)
+      : source(source), places(places), count(count) {
+    fill(0);
+  }
+
+  __device__ void fill(int matrix) {
+    constexpr int kNumbers = 16 / sizeof(T);
+    for (int i = threadIdx.x * kNumbers; i < kMatrix; i += kThreads * kNumbers) {
+      copy_async(&places[matrix % 2][i], source + static_cast<int64_t>(matrix) * kMatrix + i);
+    }
+  }
+
+  // The next matrix. All threads are done with the last but one, whose place it fills.
+  __device__ const T* next() {
+    wait_for_copies();
+    __syncthreads();
+    if (current + 1 < count) fill(current + 1);
+    return places[current++ % 2];
+  }
+};
+
+// One image's arguments for a thread.
+template <class T>
+struct Inputs {
+  const T *features, *guidance;
+  Place<T, Tile<T>::kRows> place;
+};
+
+// Starts a convolution with its bias.
+template <class T>
+__device__ void start(typename Tile<T>::Accumulator& accumulator, const float* bias) {
+#pragma unroll
+  for (int n = 0; n < kChunks; ++n) {
+    const auto pair = reinterpret_cast<const Row<float, 2>*>(bias)[chunk_channel(n) / 2];
+#pragma unroll
+    for (int m = 0; m < Tile<T>::kCount; ++m) {
+      accumulator[m][n][0] = accumulator[m][n][2] = pair.values[0];
+      accumulator[m][n][1] = accumulator[m][n][3] = pair.values[1];
+    }
+  }
+}
+
+// accumulator += a reducing convolution of both maps, which are read from memory while its matrices
+// are on their way.
+template <class T, bool Full>
+__device__ void convolve_maps(typename Tile<T>::Accumulator& accumulator, const Inputs<T>& inputs,
+                              Matrices<T>& matrices) {
+  using Shape = Tile<T>;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const T* map = half == 0 ? inputs.features : inputs.guidance;
+    FragmentA<T> fragments[kChunks][Shape::kCount];
+#pragma unroll
+    for (int n = 0; n < kChunks; ++n) {
+      const int channel = chunk_channel(n);
+      float values[Shape::kCount][4];
+      widen_rows(inputs.place.load(map, channel), inputs.place.load(map, channel + 1), values);
+#pragma unroll
+      for (int m = 0; m < Shape::kCount; ++m) fragments[n][m] = to_fragment<T>(values[m]);
+    }
+    multiply<T, Full>(accumulator, fragments, matrices.next());
+  }
+}
+
+// Accumulators to the next product's A fragments, each number through `change(value, channel)`.
+template <class T, class Change>
+__device__ void to_fragments(FragmentA<T> (&fragments)[kChunks][Tile<T>::kCount],
+                             const typename Tile<T>::Accumulator& accumulator,
+                             const Change& change) {
+#pragma unroll
+  for (int n = 0; n < kChunks; ++n) {
+#pragma unroll
+    for (int m = 0; m < Tile<T>::kCount; ++m) {
+      float values[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[i] = change(accumulator[m][n][i], chunk_channel(n) + i % 2);
+      }
+      fragments[n][m] = to_fragment<T>(values);
+    }
+  }
+}
+
+template <class T>
+struct PoolShared {
+  T matrices[2][kMatrix];
+  float sums[kWarps][kChannels];
+};
+
+// Blocks: images times blocks an image. `pooled` [blocks, kChannels].
+template <class T, bool Full>
+__global__ void __launch_bounds__(kThreads)
+    pool_kernel(const T* features, const T* guidance, FoldedPointers<const T> folded, int channels,
+                int64_t positions, int blocks, bool vectors, float* pooled) {
+  using Shape = Tile<T>;
+  auto& shared = shared_memory<PoolShared<T>>();
+  const int64_t image = blockIdx.x / blocks;
+  const int64_t map = image * channels * positions;
+  const Inputs<T> inputs = {
+      features + map,
+      guidance + map,
+      {thread_position<T>(blockIdx.x % blocks), positions, channels, vectors}};
+  Matrices<T> matrices(folded.matrices, shared.matrices, kPoolMatrices);
+
+  typename Shape::Accumulator accumulator;
+  FragmentA<T> hidden[kChunks][Shape::kCount];
+  start<T>(accumulator, folded.vectors + kReduceBias * kChannels);
+  convolve_maps<T, Full>(accumulator, inputs, matrices);
+  const float slope = folded.vectors[kSlopes * kChannels];
+  to_fragments<T>(hidden, accumulator, [&](float v, int) { return prelu(v, slope); });
+  start<T>(accumulator, folded.vectors + kProjectBias * kChannels);
+  multiply<T, Full>(accumulator, hidden, matrices.next());
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int n = 0; n < kChunks; ++n) {
+    const int channel = chunk_channel(n);
+    float weights[Shape::kCount][4];
+    // Zero outside the map, so that what lies there does not count.
+    widen_rows(inputs.place.load(folded.global, channel),
+               inputs.place.load(folded.global, channel + 1), weights);
+    float even = 0, odd = 0;
+#pragma unroll
+    for (int m = 0; m < Shape::kCount; ++m) {
+      even += weights[m][0] * accumulator[m][n][0] + weights[m][2] * accumulator[m][n][2];
+      odd += weights[m][1] * accumulator[m][n][1] + weights[m][3] * accumulator[m][n][3];
+    }
+    for (int mask = 4; mask < 32; mask *= 2) {
+      even += exchange(even, mask);
+      odd += exchange(odd, mask);
+    }
+    if (lane < 4) {
+      shared.sums[warp][channel] = even;
+      shared.sums[warp][channel + 1] = odd;
+    }
+  }
+  __syncthreads();
+  for (int c = threadIdx.x; c < kChannels; c += kThreads) {
+    float sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][c];
+    pooled[static_cast<int64_t>(blockIdx.x) * kChannels + c] = sum;
+  }
+}
+
+template <class T>
+struct FuseShared {
+  T matrices[2][kMatrix];
+  // Sums of a part of the inputs each, of one layer of the gate and of the next.
+  float parts[2][kThreads / kChannels][kChannels];
+  float gate[kChannels];
+};
+
+// The gate of one image: in every layer a thread sums a part of the inputs of one output.
+template <class T>
+__device__ void find_gate(FuseShared<T>& shared, const FoldedPointers<const T>& folded,
+                          const float* pooled, int blocks) {
+  constexpr int kParts = kThreads / kChannels, kShare = kChannels / kParts;
+  const int o = threadIdx.x % kChannels, part = threadIdx.x / kChannels;
+  float sum = 0;
+  for (int block = part; block < blocks; block += kParts) sum += pooled[block * kChannels + o];
+  shared.parts[0][part][o] = sum;
+#pragma unroll 1
+  for (int layer = 0; layer < 3; ++layer) {
+    __syncthreads();
+    const float* bias = folded.vectors + (kGlobalBias + layer) * kChannels;
+    const T* matrix = folded.gate + layer * kMatrix;
+    sum = 0;
+    for (int k = part * kShare; k < (part + 1) * kShare; ++k) {
+      float input = bias[k];
+      for (int q = 0; q < kParts; ++q) input += shared.parts[layer % 2][q][k];
+      if (layer > 0) input = relu(input);
+      sum += input * widen(matrix[k * kChannels + o]);
+    }
+    shared.parts[(layer + 1) % 2][part][o] = sum;
+  }
+  __syncthreads();
+  if (part == 0) {
+    float logit = folded.vectors[(kGateBias + 2) * kChannels + o];
+    for (int q = 0; q < kParts; ++q) logit += shared.parts[1][q][o];
+    shared.gate[o] = sigmoid(logit);
+  }
+  // Whoever reads the gate has waited for a matrix before.
+}
+
+template <class T, bool Full>
+__global__ void __launch_bounds__(kThreads)
+    fuse_kernel(const T* features, const T* guidance, FoldedPointers<const T> folded, int channels,
+                int64_t positions, int blocks, bool vectors, const float* pooled, T* out) {
+  using Shape = Tile<T>;
+  auto& shared = shared_memory<FuseShared<T>>();
+  const int64_t image = blockIdx.x / blocks;
+  const int64_t map = image * channels * positions;
+  const Inputs<T> inputs = {
+      features + map,
+      guidance + map,
+      {thread_position<T>(blockIdx.x % blocks), positions, channels, vectors}};
+  Matrices<T> matrices(folded.matrices + kPoolMatrices * kMatrix, shared.matrices, kFuseMatrices);
+  find_gate<T>(shared, folded, pooled + image * blocks * kChannels, blocks);
+
+  const float* slopes = folded.vectors + kSlopes * kChannels;
+  typename Shape::Accumulator accumulator, result;
+  FragmentA<T> hidden[kChunks][Shape::kCount];
+  start<T>(result, folded.vectors + kLastBias * kChannels);
+  // First u_2 to u_4, then u_3; loops that stay loops, because their bodies are long.
+#pragma unroll 1
+  for (int branch = 1; branch < kBranches; ++branch) {
+    start<T>(accumulator, folded.vectors + (kReduceBias + branch) * kChannels);
+    convolve_maps<T, Full>(accumulator, inputs, matrices);
+    float slope = slopes[branch];
+    to_fragments<T>(hidden, accumulator, [&](float v, int) { return prelu(v, slope); });
+    // x_2 = project_2 u_2 with its gate, then u_4.
+#pragma unroll 1
+    for (int layer = 0; branch == 1 && layer < 2; ++layer) {
+      start<T>(accumulator, folded.vectors + (kProjectBias + 1 + layer) * kChannels);
+      multiply<T, Full>(accumulator, hidden, matrices.next());
+      slope = slopes[kBranches];
+      to_fragments<T>(hidden, accumulator, [&](float v, int c) {
+        return layer == 0 ? v * shared.gate[c] : prelu(v, slope);
+      });
+    }
+    multiply<T, Full>(result, hidden, matrices.next());
+  }
+#pragma unroll
+  for (int n = 0; n < kChunks; ++n) store_chunk<T>(inputs.place, out + map, n, result);
+}
+
+}  // namespace
+
+size_t inference_workspace_bytes(const CudaShape& shape) {
+  return dispatch(shape, [&](auto variant) {
+    using V = decltype(variant);
+    const int64_t blocks = shape.images * blocks_an_image<typename V::T>(shape);
+    return static_cast<size_t>(blocks) * kChannels * sizeof(float);
+  });
+}
+
+const char* inference_cuda(const CudaShape& shape, const void* features, const void* guidance,
+                           const void* folded, void* out, void* workspace, void* stream) {
+  if (const char* error = refuse(shape)) return error;
+  if (shape.images == 0) return nullptr;
+  return dispatch(shape, [&](auto variant) -> const char* {
+    using T = typename decltype(variant)::T;
+    constexpr bool Full = decltype(variant)::Full;
+    const int64_t blocks = blocks_an_image<T>(shape);
+    const auto pointers = folded_pointers<const T>(shape, folded);
+    const bool vectors = rows_can_move<T>(shape, {features, guidance, out});
+    const dim3 grid = grid_of(shape.images * blocks);
+    if (grid.x == 0) return "AdaFM: too many positions for one launch";
+    const T *f = static_cast<const T*>(features), *g = static_cast<const T*>(guidance);
+    float* pooled = static_cast<float*>(workspace);
+    const int channels = static_cast<int>(shape.channels), each = static_cast<int>(blocks);
+    if (const char* error = launch(pool_kernel<T, Full>, grid, kThreads, stream, f, g, pointers,
+                                   channels, shape.positions, each, vectors, pooled)) {
+      return error;
+    }
+    return launch(fuse_kernel<T, Full>, grid, kThreads, stream, f, g, pointers, channels,
+                  shape.positions, each, vectors, pooled, static_cast<T*>(out));
+  });
+}
+
+}  // namespace lemma_fast::adafm

@@ -1,0 +1,54 @@
+"""The command `lemma-fast convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lemma_fast.cli.exits import fail, interruptible, misused, say
+from lemma_fast.outputs import OutputError, check_output, reason
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Checkpoint to read: a file or a packaged name.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint to write.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing OUT.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint: published .pth to .safetensors, or back, by OUT's ending.
+
+    Nothing but tensors is ever unpickled, and what does not fit is named. Weights that are not
+    finite numbers are converted as they are, with a warning.
+    """
+    try:
+        check_output(
+            target,
+            overwrite=overwrite,
+            inputs=[source],
+            endings=(".safetensors", ".pth", ".pt"),
+        )
+    except OutputError as error:
+        misused(error)
+    from lemma_fast import checkpoint
+    from lemma_fast.checkpoint.files import listed
+
+    try:
+        with interruptible("nothing was written"):
+            model = checkpoint.convert(source, target)
+    except checkpoint.CheckpointError as error:
+        fail(str(error))
+    except (OSError, RuntimeError) as error:
+        # Torch reports a full disk as RuntimeError.
+        fail(f"cannot write {target}: {reason(error)}")
+    if strange := checkpoint.not_finite(model):
+        say(
+            f"warning: {listed(strange)} hold NaN or infinity: what this network "
+            "returns cannot be used",
+            err=True,
+        )
+    say(f"wrote {target}")

@@ -1,0 +1,23 @@
+"""What the options of several commands share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+MODEL_HELP = (
+    "A packaged name, a .safetensors written by lemma-fast, a published .pth, or a Hugging Face "
+    "Hub id. A packaged name is never a file: write ./small for a file of that name."
+)
+
+
+def one_of(*words: str) -> dict[str, Any]:
+    """Make typer's arguments for an option that is one of a few words."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(words)}")
+        return text
+
+    return {"parser": parse, "metavar": f"[{'|'.join(words)}]"}

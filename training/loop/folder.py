@@ -1,0 +1,224 @@
+"""The files of a stage's folder: the lock, the settings, the checkpoint, the curves, the result."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lemma_fast.atomic import replace_file
+from lemma_fast.training.evaluation.tables import readable
+from lemma_fast.training.settings.schema import WEIGHTS, Settings, plain
+from lemma_fast.training.settings.values import SettingsError
+
+LAST = "last.ckpt"
+LAST_WEIGHTS = "last.safetensors"
+CURVES = "metrics.csv"
+RESULT = "result.json"
+SETTINGS = "settings.json"
+BOARD = "tensorboard"
+# What may differ between two chunks of one run without changing what is trained.
+_FREE = frozenset(
+    {
+        "output",
+        "data.workers",
+        "data.cache",
+        "run.accelerator",
+        "run.devices",
+        "run.nodes",
+        "run.save_every",
+        "run.tensorboard",
+    }
+)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other runs out of it; raises SettingsError where one is in it.
+
+    The lock belongs to an open file, so that it ends with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(
+                f"another run is training in {folder}: wait for its end, or give this one a folder "
+                "of its own, output=..."
+            ) from None
+        except OSError as error:
+            # Some network file systems have no locks.
+            warnings.warn(
+                f"{folder} cannot be locked ({error}): start no second run in it", stacklevel=2
+            )
+        yield
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for name in (SETTINGS, LAST, WEIGHTS, LAST_WEIGHTS, CURVES, RESULT):
+        (folder / name).unlink(missing_ok=True)
+    if (folder / BOARD).is_dir():
+        shutil.rmtree(folder / BOARD)
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a checkpoint when the new one is whole and on the disk."""
+    # Always the same name: a killed run leaves one such file, and the next replaces it.
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(dict(content), file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """What `write_checkpoint` wrote, None where there is no file; raises SettingsError."""
+    if not path.is_file():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Earlier versions kept what is not the network's in the entry of a callback.
+        content |= content.pop("callbacks", {}).get("Keeper", {})
+        wanted = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "average",
+                  "window", "best", "latest", "seconds", "settings")  # fmt: skip
+        return {name: content[name] for name in wanted}
+    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError, EOFError,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        raise _damaged(path, error, "--restart begins anew") from error
+
+
+def finished(settings: Settings, accept_changes: bool) -> dict[str, Any] | None:
+    """The result of a stage that is through already: `steps`, `best`; raises SettingsError."""
+    path = settings.folder / RESULT
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        changes = _changes(result["settings"], settings)
+        found = {"steps": int(result["steps"]), "best": result["best"]}
+        if found["best"] is not None:
+            found["best"] = {name: float(value) for name, value in found["best"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(
+            path, error, f"without it the same command makes it anew of {LAST}"
+        ) from error
+    if changes and accept_changes:
+        return None
+    _refuse(settings, changes)
+    return found
+
+
+def compare(old: Mapping[str, Any], settings: Settings) -> None:
+    """Raise SettingsError where a run was begun with `old` settings that train something else."""
+    _refuse(settings, _changes(old, settings))
+
+
+def _refuse(settings: Settings, changes: list[str]) -> None:
+    if changes:
+        raise SettingsError(
+            f"{settings.folder} was begun with other settings: {'; '.join(changes)}. "
+            "--accept-changes goes on all the same, --restart begins anew"
+        )
+
+
+def _changes(old: Mapping[str, Any], settings: Settings) -> list[str]:
+    defaults = dict(_flat(plain(Settings(settings.stage))))
+    # A run of an earlier version says nothing of the words that have come since.
+    before, after = {**defaults, **dict(_flat(old))}, dict(_flat(plain(settings)))
+    return [
+        f"{key} was {before.get(key)}, is {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in _FREE and before.get(key) != after.get(key)
+    ]
+
+
+def _flat(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
+
+
+class Curves:
+    """`metrics.csv` in long form, to which a resumed run adds without a seam, and TensorBoard.
+
+    What lies past the step that a run resumes at is dropped. Raises SettingsError.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self.path = folder / CURVES
+        kept = [row for row in read_curves(self.path) if row[0] <= step] if step else []
+        replace_file(self.path, _lines([("step", "name", "value"), *kept]))
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            (folder / BOARD).mkdir(exist_ok=True)
+            place = str(folder / BOARD)
+            if readable(place) != place:
+                # TensorBoard takes names in UTF-8 alone; by its number a folder has another one.
+                place = f"/proc/self/fd/{os.open(place, os.O_RDONLY)}"
+            # Without `purge_step` a killed chunk's last points would be drawn twice.
+            self.board = SummaryWriter(place, purge_step=step or None)
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Append the values of a step."""
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(_lines((step, name, repr(float(x))) for name, x in values.items()))
+        self.draw(values, step)
+
+    def draw(self, values: Mapping[str, float], step: int) -> None:
+        """Show values in TensorBoard alone."""
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self.board is not None:
+            self.board.close()
+
+
+def read_curves(path: Path) -> list[tuple[int, str, float]]:
+    """Rows of a file of curves; a last line that a crash has torn is left out."""
+    if not path.is_file():
+        return []
+    number = 1
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = []
+        for number, row in enumerate(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])), 1):
+            if number > 1:
+                step, name, value = row
+                rows.append((int(step), name, float(value)))
+    except (OSError, ValueError, csv.Error) as error:
+        way = "take that line out; without the file the run goes on and begins its curves anew"
+        raise _damaged(path, f"line {number}: {error}", way) from error
+    return rows
+
+
+def _lines(rows: Any) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _damaged(path: Path, reason: Exception | str, way_out: str) -> SettingsError:
+    said = str(reason).splitlines() or [type(reason).__name__]
+    return SettingsError(f"{path} cannot be read ({said[0]}); {way_out}")
