@@ -206,3 +206,14 @@ def test_a_folder_that_unpacking_fails_in_is_gone(tmp_path, monkeypatch, kind):
     with pytest.raises(kind, match="stopped"):
         unpack(root, tmp_path / "folder")
     assert _names(tmp_path) == ["set", "set/data.mdb"]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: write_set(path, 1)])
+def test_a_mount_point_is_said_before_the_work(tmp_path, monkeypatch, make):
+    make(tmp_path / "out")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    before = _names(tmp_path)
+    monkeypatch.setattr("lemma_fast.training.data.pack._checked", None)
+    with pytest.raises(ValueError, match="is a mount point"):
+        pack(folder_of_pairs(tmp_path / "pairs"), tmp_path / "out", overwrite=True)
+    assert _names(tmp_path / "out") == [name[4:] for name in before if name.startswith("out/")]

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from lemma_fast.images import resize
 from lemma_fast.training.data.lmdb import RecordError, Records, decode
 from lemma_fast.training.data.tables import find_table, is_image_file, read_table
 from lemma_fast.training.synthesis.degrade import Bytes, degrade_benchmark
@@ -387,9 +388,7 @@ def clean_label(label: str) -> str:
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Bytes:
     height, width = size
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(resize(image, (width, height)))
 
 
 def _planes(image: Bytes) -> Tensor:

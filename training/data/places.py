@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,7 @@ _WORK = ".lemma-fast-{}.writing"
 def new_folder(
     out: Path,
     *,
-    inputs: Iterable[Path] = (),
+    inputs: Sequence[Path] = (),
     replaceable: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` where the block ends well, and is gone otherwise.
@@ -48,12 +48,15 @@ def new_folder(
 
 
 def _check_folder(
-    out: Path, inputs: Iterable[Path], replaceable: Callable[[Path], None] | None
+    out: Path, inputs: Sequence[Path], replaceable: Callable[[Path], None] | None
 ) -> None:
     if out.name in ("", ".."):
         raise ValueError(f"{out} is not the name of a new folder")
     if out.is_symlink():
         raise FileExistsError(f"{out} is a link; name the folder itself")
+    if os.path.ismount(out):
+        # Nothing can be moved there in one step.
+        raise ValueError(f"{out} is a mount point; name a folder in it")
     if _is_free(out):
         return
     if not out.is_dir():
