@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-from rich.console import Console
+from PIL import Image, PngImagePlugin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lemma_fast.training.data.inspect import Report, contact_sheet
+from lemma_fast.atomic import replacing
+from lemma_fast.outputs import check_output, is_stream
+from lemma_fast.training.data.inspect import Report, contact_sheet, open_pairs
 from lemma_fast.training.data.inspect import inspect as summarise
+from lemma_fast.training.data.lmdb import is_lmdb
 from lemma_fast.training.data.pack import pack as pack_folder
 from lemma_fast.training.data.pack import unpack
 from lemma_fast.training.data.pairs import Skipped
+from lemma_fast.training.evaluation.tables import plain_console, print_tables, readable
+from lemma_fast.training.signals import Stopped, raising
 from lemma_fast.training.synthesis.degrade import STRENGTHS
 from lemma_fast.training.synthesis.faces import missing_packages
 from lemma_fast.training.synthesis.render import Difficulty, synthesize
 from lemma_fast.training.synthesis.words import Split
 
 app = typer.Typer(help="Make, look at and convert training data.", no_args_is_help=True)
-_out = Console()
-_err = Console(stderr=True)
+_out = plain_console()
+_err = plain_console(stderr=True)
 _SHOWN = 20
+_MAKER = "lemma-fast data inspect"
 
 
 @app.command("synthesize")
@@ -47,7 +55,9 @@ def synthesize_command(
     dictionary: Annotated[
         str, typer.Option(help="system, builtin (a short list), or a file with one word a line.")
     ] = "system",
-    overwrite: Annotated[bool, typer.Option(help="Replace a set that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a set of pairs that is there, and nothing else.")
+    ] = False,
 ) -> None:
     """Draw words in scenes and write them as pairs of low and high resolution."""
     source = _font_source(fonts or ["train"])
@@ -57,14 +67,11 @@ def synthesize_command(
         known = ", ".join(STRENGTHS)
         raise typer.BadParameter(f"--difficulty is one of {known}, mixed; not {difficulty}")
     split, level = cast(Split, words), cast(Difficulty, difficulty)
-    if isinstance(source, str):
-        absent = missing_packages(cast(Split, source))
-        if absent:
-            _err.print(
-                f"drawn without the font packages that are not installed: {', '.join(absent)}"
-            )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    try:
+    with _writing(out):
+        absent = missing_packages(cast(Split, source)) if isinstance(source, str) else []
+        if absent:
+            _say(f"drawn without the font packages that are not installed: {', '.join(absent)}")
         with Progress(*columns, TimeRemainingColumn(), console=_err, transient=True) as progress:
             task = progress.add_task("drawing", total=n)
             recipe = synthesize(
@@ -79,9 +86,7 @@ def synthesize_command(
                 overwrite=overwrite,
                 progress=lambda done: progress.update(task, completed=done),
             )
-    except (OSError, ValueError) as wrong:
-        raise _failure(wrong) from wrong
-    _out.print(f"{out}: {n} pairs, seed {seed}, {recipe['faces']} faces, words of {split}")
+    _tell(f"{out}: {n} pairs, seed {seed}, {recipe['faces']} faces, words of {split}")
 
 
 @app.command("inspect")
@@ -93,20 +98,25 @@ def inspect_command(
     crops: Annotated[int, typer.Option(min=1, help="Crops on the contact sheet.")] = 60,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first ones.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Let --sheet replace a file that is no contact sheet.")
+    ] = False,
 ) -> None:
     """Count crops, sizes and labels, name damaged records; exit code 1 where there are any."""
-    try:
-        report = summarise(path, limit)
+    with _ending(lambda: "nothing was written"):
+        dataset = open_pairs(path)
+        if sheet is not None and not is_stream(sheet):
+            files = dataset.files()
+            check_output(sheet, "--sheet", overwrite=overwrite, inputs=files, made_here=_is_sheet)
+        report = summarise(path, limit, dataset)
         if sheet is not None:
-            contact_sheet(path, crops).save(sheet, "PNG")
-    except (OSError, ValueError) as wrong:
-        raise _failure(wrong) from wrong
+            _write_sheet(contact_sheet(path, crops, dataset=dataset), sheet)
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        typer.echo(readable(json.dumps(report.as_dict(), indent=2, ensure_ascii=False)))
     else:
         _print_report(report)
     if sheet is not None:
-        _err.print(f"contact sheet: {sheet}")
+        _say(f"contact sheet: {sheet}")
     if report.skipped:
         raise typer.Exit(1)
 
@@ -115,17 +125,18 @@ def inspect_command(
 def pack_command(
     source: Annotated[Path, typer.Argument(help="A folder with a table, or an LMDB.")],
     out: Annotated[Path, typer.Argument(help="The new LMDB, or the new folder.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace an LMDB that is there.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(help="Replace a set of pairs that is there; a folder of pictures never is."),
+    ] = False,
 ) -> None:
     """Turn a folder of pairs into an LMDB, or an LMDB into a folder, byte for byte."""
-    try:
-        if (source / "data.mdb").is_file() or source.is_file():
+    with _writing(out):
+        if is_lmdb(source):
             written, skipped = unpack(source, out)
         else:
             written, skipped = pack_folder(source, out, overwrite=overwrite)
-    except (OSError, ValueError) as wrong:
-        raise _failure(wrong) from wrong
-    _out.print(f"{out}: {written} pairs")
+    _tell(f"{out}: {written} pairs")
     _print_skipped(skipped)
     if skipped:
         raise typer.Exit(1)
@@ -140,24 +151,67 @@ def _font_source(fonts: list[str]) -> str | tuple[str, ...]:
     return tuple(fonts)
 
 
-def _failure(wrong: Exception) -> typer.Exit:
-    _err.print(f"[red]error:[/red] {wrong}", highlight=False)
-    return typer.Exit(2)
+@contextmanager
+def _ending(left: Callable[[], str]) -> Iterator[None]:
+    """Turn what ends a command into one sentence and an exit code; `left` tells of a signal."""
+    try:
+        with raising():
+            yield
+    except Stopped as stopped:
+        _say(f"{stopped.name}: stopped; {left()}")
+        raise typer.Exit(stopped.code) from stopped
+    except OSError as wrong:
+        named = wrong.filename is not None and wrong.strerror
+        _say(f"error: {wrong.filename}: {wrong.strerror}" if named else f"error: {wrong}")
+        raise typer.Exit(2) from wrong
+    except ValueError as wrong:
+        _say(f"error: {wrong}")
+        raise typer.Exit(2) from wrong
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """As `_ending`, for a set that is there whole or not at all."""
+    before = _identity(out)
+
+    def left() -> str:
+        if _identity(out) != before:
+            return f"{out} is complete"
+        return f"nothing of the new {out} is left" + ("; the old one is as it was" * bool(before))
+
+    with _ending(left):
+        yield
+
+
+def _identity(out: Path) -> list[tuple[int, int]]:
+    """What tells a set from another one under the same name; empty where there is none."""
+    found = (path.stat() for path in (out, out / "data.mdb") if path.exists())
+    return [(status.st_dev, status.st_ino) for status in found]
 
 
 def _print_report(report: Report) -> None:
-    table = Table(title=report.path, show_header=False, title_justify="left")
-    table.add_row("crops", str(report.crops))
-    table.add_row("skipped", str(len(report.skipped)))
-    table.add_row("HR sizes", _counts(report.hr_sizes))
-    table.add_row("LR sizes", _counts(report.lr_sizes))
-    table.add_row("label lengths", _counts(report.label_lengths, len(report.label_lengths)))
-    table.add_row("letters", report.letters)
+    rows = {
+        "crops": str(report.crops),
+        "skipped": str(len(report.skipped)),
+        "HR sizes": _counts(report.hr_sizes),
+        "LR sizes": _counts(report.lr_sizes),
+        "label lengths": _counts(report.label_lengths, len(report.label_lengths)),
+        "letters": report.letters,
+    }
+    if report.reduced_labels:
+        rows["labels with other letters"] = f"{report.reduced_labels}: those are left out"
     if report.bicubic_psnr is not None:
-        table.add_row("bicubic PSNR", f"{report.bicubic_psnr:.2f} dB")
-    if report.recipe is not None:
-        table.add_row("recipe", ", ".join(f"{k} {v}" for k, v in report.recipe.items()))
-    _out.print(table)
+        rows["bicubic PSNR"] = f"{report.bicubic_psnr:.2f} dB"
+    for key, value in (report.recipe or {}).items():
+        rows[f"recipe: {key}"] = str(value)
+    beside = Table(show_header=False)
+    below = Table(show_header=False, box=None, padding=0)
+    for name, value in rows.items():
+        beside.add_row(name, readable(value))
+        below.add_row(f"{name}:")
+        below.add_row(f"  {readable(value)}")
+    _tell(report.path)
+    print_tables(_out, [beside], [below])
     _print_skipped(report.skipped)
 
 
@@ -169,6 +223,31 @@ def _counts(counts: dict[str, int] | dict[int, int], shown: int = 6) -> str:
 
 def _print_skipped(skipped: list[Skipped]) -> None:
     for record in skipped[:_SHOWN]:
-        _err.print(f"skipped {record.id}: {record.reason}", highlight=False, soft_wrap=True)
+        _say(f"skipped {record.id}: {record.reason}")
     if len(skipped) > _SHOWN:
-        _err.print(f"and {len(skipped) - _SHOWN} more (--json lists all)")
+        _say(f"and {len(skipped) - _SHOWN} more (`data inspect --json` lists all)")
+
+
+def _write_sheet(image: Image.Image, path: Path) -> None:
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Software", _MAKER)
+    with (
+        nullcontext(path) if is_stream(path) else replacing(path) as place,
+        place.open("wb") as file,
+    ):
+        image.save(file, "PNG", pnginfo=about)
+
+
+def _is_sheet(path: Path) -> bool:
+    """Whether an earlier `inspect` wrote the file."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    return start.startswith(b"\x89PNG") and f"Software\0{_MAKER}".encode() in start
+
+
+def _tell(text: str) -> None:
+    _out.print(readable(text), soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    _err.print(readable(text), soft_wrap=True)

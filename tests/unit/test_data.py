@@ -1,16 +1,15 @@
 """Data sets: TextZoom's layout, damage that is named, workers, masks; packing and inspecting."""
 
-import csv
 import io
 import json
 import os
 import pickle
 
-import lmdb
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_sets import encoded, folder_of_pairs, picture, textzoom_entries, write_lmdb
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
@@ -23,44 +22,11 @@ from lemma_fast.training.data.lmdb import PairWriter, RecordError, Records
 from lemma_fast.training.data.pack import pack, unpack
 from lemma_fast.training.data.pairs import BenchmarkDataset, FolderDataset, TextZoomDataset
 
-_SIZES = [(70, 21), (128, 32), (33, 40)]
-
-
-def _picture(number, size):
-    rng = np.random.default_rng(number)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def _encoded(image, form="PNG"):
-    buffer = io.BytesIO()
-    image.save(buffer, form)
-    return buffer.getvalue()
-
-
-def _write(root, entries):
-    environment = lmdb.open(str(root), map_size=1 << 24)
-    with environment, environment.begin(write=True) as transaction:
-        for key, value in entries.items():
-            transaction.put(key.encode(), value)
-
-
-def _entries(count, first=0):
-    """A set as TextZoom publishes it: images of any size, in any format Pillow reads."""
-    entries = {"num-samples": str(count).encode()}
-    for n in range(1, count + 1):
-        width, height = _SIZES[n % 3]
-        entries[f"label-{n:09d}"] = f"Wörd-{first + n}!".encode()
-        entries[f"image_hr-{n:09d}"] = _encoded(_picture(first + n, (width, height)), "JPEG")
-        entries[f"image_lr-{n:09d}"] = _encoded(
-            _picture(-(first + n) % 97, (width // 2, height // 2))
-        )
-    return entries
-
 
 @pytest.fixture
 def textzoom(tmp_path):
-    _write(tmp_path / "one", _entries(5))
-    _write(tmp_path / "two", _entries(3, first=50))
+    write_lmdb(tmp_path / "one", textzoom_entries(5))
+    write_lmdb(tmp_path / "two", textzoom_entries(3, first=50))
     return tmp_path / "one", tmp_path / "two"
 
 
@@ -68,7 +34,7 @@ def test_textzoom_joins_roots_and_resizes_as_published(textzoom):
     dataset = TextZoomDataset(*textzoom)
     assert len(dataset) == 8
     assert dataset.skipped == []
-    entries = _entries(3, first=50)
+    entries = textzoom_entries(3, first=50)
     crop = dataset[6]
     hr = Image.open(io.BytesIO(entries["image_hr-000000002"])).convert("RGB")
     lr = Image.open(io.BytesIO(entries["image_lr-000000002"])).convert("RGB")
@@ -95,10 +61,10 @@ def test_the_mask_is_the_models_own_bit_for_bit():
 
 
 def test_missing_records_are_named_and_no_other_takes_their_place(tmp_path):
-    entries = _entries(4)
+    entries = textzoom_entries(4)
     del entries["image_lr-000000002"]
     del entries["label-000000003"]
-    _write(tmp_path / "set", entries)
+    write_lmdb(tmp_path / "set", entries)
     dataset = TextZoomDataset(tmp_path / "set")
     assert [(s.id[-9:], s.reason) for s in dataset.skipped] == [
         ("000000002", "image_lr-000000002 missing"),
@@ -109,10 +75,10 @@ def test_missing_records_are_named_and_no_other_takes_their_place(tmp_path):
 
 @pytest.mark.parametrize("how", [{"check": "decode"}, {"cache": "ram"}], ids=["check", "ram"])
 def test_damaged_records_are_found_beforehand(tmp_path, how):
-    entries = _entries(4)
+    entries = textzoom_entries(4)
     entries["image_hr-000000002"] = b"no image"
     entries["image_lr-000000004"] = entries["image_lr-000000004"][:60]
-    _write(tmp_path / "set", entries)
+    write_lmdb(tmp_path / "set", entries)
     dataset = TextZoomDataset(tmp_path / "set", **how)
     assert [s.id[-9:] for s in dataset.skipped] == ["000000002", "000000004"]
     assert "image_hr-000000002 does not decode" in dataset.skipped[0].reason
@@ -120,9 +86,9 @@ def test_damaged_records_are_found_beforehand(tmp_path, how):
 
 
 def test_a_damaged_record_met_unprepared_raises(tmp_path):
-    entries = _entries(2)
+    entries = textzoom_entries(2)
     entries["image_hr-000000002"] = b"no image"
-    _write(tmp_path / "set", entries)
+    write_lmdb(tmp_path / "set", entries)
     dataset = TextZoomDataset(tmp_path / "set")
     with pytest.raises(RecordError, match="image_hr-000000002 does not decode"):
         dataset[1]
@@ -177,7 +143,7 @@ def test_a_fork_reads_by_itself(textzoom):
 def test_no_lmdb_is_said_plainly(tmp_path):
     with pytest.raises(FileNotFoundError, match="no LMDB"):
         TextZoomDataset(tmp_path)
-    _write(tmp_path / "set", {"label-000000001": b"x"})
+    write_lmdb(tmp_path / "set", {"label-000000001": b"x"})
     with pytest.raises(RecordError, match="num-samples is missing"):
         TextZoomDataset(tmp_path / "set")
 
@@ -186,17 +152,17 @@ def test_benchmarks_take_small_crops_and_degrade_them(tmp_path):
     sizes = [(64, 16), (65, 16), (40, 20), (3, 90)]
     entries = {"num-samples": b"5"}
     for n, size in enumerate(sizes, start=1):
-        entries[f"image-{n:09d}"] = _encoded(_picture(n, size))
+        entries[f"image-{n:09d}"] = encoded(picture(n, size))
         entries[f"label-{n:09d}"] = b"a%d" % n
     entries["image-000000005"] = b"?"
     entries["label-000000005"] = b"a5"
-    _write(tmp_path / "set", entries)
+    write_lmdb(tmp_path / "set", entries)
     dataset = BenchmarkDataset(tmp_path / "set")
     assert [crop.label for crop in dataset] == ["a1", "a3"]
     assert [name[-1] for name in dataset.wrong_size] == ["2", "4"]
     assert [s.id[-1] for s in dataset.skipped] == ["5"]
     plain = BenchmarkDataset(tmp_path / "set", degrade=False)
-    expected = torch.from_numpy(network_input(_picture(1, (64, 16)), 16, 64))
+    expected = torch.from_numpy(network_input(picture(1, (64, 16)), 16, 64))
     torch.testing.assert_close(plain[0].lr, expected)
     assert (dataset[0].lr - expected).abs().mean() > 0.02
     assert torch.equal(dataset[0].lr, BenchmarkDataset(tmp_path / "set")[0].lr)
@@ -204,20 +170,9 @@ def test_benchmarks_take_small_crops_and_degrade_them(tmp_path):
     assert len(BenchmarkDataset(tmp_path / "set", largest=None)) == 3
 
 
-def _folder(root, columns, rows):
-    for folder in ("hr", "lr"):
-        (root / folder).mkdir(parents=True)
-    for n in range(1, 4):
-        _picture(n, (60, 20)).save(root / "hr" / f"{n}.png")
-        _picture(n, (30, 10)).save(root / "lr" / f"{n}.png")
-    with (root / "labels.csv").open("w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([columns, *rows])
-    return root
-
-
 def test_folders_of_pairs_name_what_is_missing(tmp_path):
     rows = [["hr/1.png", "lr/1.png", "one"], ["hr/2.png", "lr/9.png", "two"], ["", "", "three"]]
-    dataset = FolderDataset(_folder(tmp_path / "set", ["hr", "lr", "label"], rows))
+    dataset = FolderDataset(folder_of_pairs(tmp_path / "set", ["hr", "lr", "label"], rows))
     assert [crop.label for crop in dataset] == ["one"]
     assert [("lr/9.png" in s.reason, "needs hr" in s.reason) for s in dataset.skipped] == [
         (True, False),
@@ -226,11 +181,11 @@ def test_folders_of_pairs_name_what_is_missing(tmp_path):
 
 
 def test_folders_of_single_crops_make_their_own_lr(tmp_path):
-    root = _folder(tmp_path / "set", ["file", "label"], [["hr/1.png", "one"]])
+    root = folder_of_pairs(tmp_path / "set", ["file", "label"], [["hr/1.png", "one"]])
     (root / "labels.csv").unlink()
     (root / "labels.jsonl").write_text('{"file": "hr/1.png", "label": "one"}\n\n', "utf-8")
     crop = FolderDataset(root)[0]
-    expected = torch.from_numpy(network_input(_picture(1, (60, 20)), 16, 64))
+    expected = torch.from_numpy(network_input(picture(1, (60, 20)), 16, 64))
     torch.testing.assert_close(crop.lr, expected)
     assert not torch.equal(FolderDataset(root, degradation="paper")[0].lr, expected)
     (root / "labels.jsonl").write_text("{oops\n", "utf-8")
@@ -252,7 +207,7 @@ def test_packing_there_and_back_keeps_every_byte(textzoom, tmp_path):
     assert (tmp_path / "folder" / "hr" / "000000001.jpg").is_file()
     assert pack(tmp_path / "folder", tmp_path / "again") == (5, [])
     ours, theirs = Records(tmp_path / "again"), Records(textzoom[0])
-    for key in _entries(5):
+    for key in textzoom_entries(5):
         assert ours.get(key.encode()) == theirs.get(key.encode())
     with pytest.raises(FileExistsError, match="not empty"):
         unpack(textzoom[0], tmp_path / "folder")
@@ -260,18 +215,18 @@ def test_packing_there_and_back_keeps_every_byte(textzoom, tmp_path):
 
 def test_packing_names_what_it_leaves_out(tmp_path):
     rows = [["hr/1.png", "lr/1.png", "one"], ["hr/2.png", "lr/9.png", "two"]]
-    root = _folder(tmp_path / "set", ["hr", "lr", "label"], rows)
+    root = folder_of_pairs(tmp_path / "set", ["hr", "lr", "label"], rows)
     written, skipped = pack(root, tmp_path / "out")
     assert written == 1
-    assert skipped[0].id.endswith("labels.csv:2")
+    assert skipped[0].id.endswith("labels.csv:3")
     assert "9.png" in skipped[0].reason
 
 
 def test_inspect_counts_and_lists_damage(tmp_path):
-    entries = _entries(4)
+    entries = textzoom_entries(4)
     entries["image_hr-000000002"] = b"no image"
     del entries["image_lr-000000003"]
-    _write(tmp_path / "set", entries)
+    write_lmdb(tmp_path / "set", entries)
     report = inspect(tmp_path / "set")
     assert report.crops == 2
     assert sorted(s.id[-1] for s in report.skipped) == ["2", "3"]
@@ -285,7 +240,7 @@ def test_the_level_of_bicubic_is_a_psnr(tmp_path):
     flat = Image.new("RGB", (128, 32), (100, 100, 100))
     with PairWriter(tmp_path / "set") as writer:
         lr = Image.new("RGB", (64, 16), (110, 110, 110))
-        writer.add("flat", _encoded(flat), _encoded(lr))
+        writer.add("flat", encoded(flat), encoded(lr))
     assert inspect(tmp_path / "set").bicubic_psnr == pytest.approx(10 * np.log10(255**2 / 100))
 
 
@@ -293,7 +248,7 @@ def test_the_contact_sheet_shows_the_crops(tmp_path):
     with PairWriter(tmp_path / "set") as writer:
         for shade in (60, 180):
             crop = Image.new("RGB", (128, 32), (shade, 0, 0))
-            writer.add("x", _encoded(crop), _encoded(crop.resize((64, 16))))
+            writer.add("x", encoded(crop), encoded(crop.resize((64, 16))))
     sheet = np.asarray(contact_sheet(tmp_path / "set", columns=2))
     reds = {shade: int((sheet[..., 0] == shade).sum()) for shade in (60, 180)}
     assert reds[60] >= 2 * 32 * 128
@@ -316,9 +271,9 @@ def test_the_command_line_inspects_and_packs(textzoom, tmp_path):
 
 
 def test_the_command_line_reports_damage_with_its_exit_code(tmp_path):
-    entries = _entries(2)
+    entries = textzoom_entries(2)
     entries["image_hr-000000001"] = b"no image"
-    _write(tmp_path / "set", entries)
+    write_lmdb(tmp_path / "set", entries)
     done = CliRunner().invoke(app, ["inspect", str(tmp_path / "set")])
     assert done.exit_code == 1
     assert "#000000001" in done.output

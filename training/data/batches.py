@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -125,12 +124,19 @@ class EncodedCrops(Dataset[Batch]):
 
 
 def open_sets(roots: Sequence[str], data: DataSettings) -> PairDataset:
-    """The sets at `roots`, joined; raises SettingsError where they cannot be."""
+    """The sets at `roots`, joined; raises SettingsError where they cannot be.
+
+    Every record is decoded once, so that one that is damaged is left out now and ends no run later.
+    """
     try:
-        if len(roots) == 1 and not (Path(roots[0]) / "data.mdb").is_file():
+        if len(roots) == 1:
             found = open_pairs(roots[0])
-            return found.load() if data.cache == "ram" else found
-        return TextZoomDataset(*roots, cache=data.cache)
+            if data.cache == "ram":
+                found.load()
+            else:
+                found.check()
+            return found
+        return TextZoomDataset(*roots, check="decode", cache=data.cache)
     except (OSError, ValueError) as error:
         raise SettingsError(str(error)) from error
 

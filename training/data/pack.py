@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lemma_fast.training.data.lmdb import PairWriter, RecordError, Records, decode
 from lemma_fast.training.data.pairs import Skipped
-from lemma_fast.training.data.tables import find_table, read_table
+from lemma_fast.training.data.places import new_folder
+from lemma_fast.training.data.tables import find_table, is_image_file, read_table
 
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"BM": ".bmp"}
 
@@ -17,22 +18,24 @@ def pack(
 ) -> tuple[int, list[Skipped]]:
     """Write the pairs of `folder` (columns hr, lr, label) to the LMDB `out`.
 
-    Returns how many were written, and which rows were left out and why.
+    Returns how many were written, and which rows were left out and why. Raises what `PairWriter`
+    does, and SetError where the table cannot be read.
     """
     table = find_table(Path(folder))
     skipped: list[Skipped] = []
-    with PairWriter(out, overwrite=overwrite) as writer:
-        for number, row in enumerate(read_table(table), start=1):
-            place = f"{table}:{number}"
+    with PairWriter(out, overwrite=overwrite, inputs=[folder]) as writer:
+        for line, row in read_table(table):
+            place = f"{table}:{line}"
             if not row.get("hr") or not row.get("lr") or row.get("label") is None:
-                skipped.append(Skipped(place, "needs hr, lr and label"))
+                skipped.append(Skipped(place, "needs hr, lr and label, no more fields"))
                 continue
             try:
+                label = row["label"].encode("utf-8").decode()
                 hr, lr = (_checked(table.parent / row[column]) for column in ("hr", "lr"))
-            except (RecordError, OSError) as wrong:
+            except (OSError, ValueError) as wrong:
                 skipped.append(Skipped(place, str(wrong)))
                 continue
-            writer.add(row["label"], hr, lr)
+            writer.add(label, hr, lr)
         if writer.count == 0:
             raise ValueError(f"{table} has no complete pair: {_first(skipped)}")
     return writer.count, skipped
@@ -41,41 +44,46 @@ def pack(
 def unpack(root: str | Path, folder: str | Path) -> tuple[int, list[Skipped]]:
     """Write the LMDB's pairs to `folder`, new or empty: hr/, lr/ and labels.jsonl.
 
-    Returns how many were written, and which records were left out and why.
+    Returns how many were written, and which records were left out and why. The folder appears when
+    it is complete.
     """
     records = Records(root)
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty")
-    for name in ("hr", "lr"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     skipped: list[Skipped] = []
-    written = 0
-    with (folder / "labels.jsonl").open("w", encoding="utf-8") as table:
-        for record in range(1, records.count + 1):
-            row: dict[str, str] = {}
-            images: dict[str, bytes] = {}
-            try:
-                for name in ("hr", "lr"):
-                    key = b"image_%s-%09d" % (name.encode(), record)
-                    data = records.get(key)
-                    if data is None:
-                        raise RecordError(f"{key.decode()} is missing")
-                    decode(data, key.decode())
-                    row[name] = f"{name}/{record:09d}{_suffix(data)}"
-                    images[row[name]] = data
-                row["label"] = records.text(b"label-%09d" % record)
-            except RecordError as wrong:
-                skipped.append(Skipped(f"{root}#{record:09d}", str(wrong)))
-                continue
-            for path, data in images.items():
-                (folder / path).write_bytes(data)
-            table.write(json.dumps(row, ensure_ascii=False) + "\n")
-            written += 1
-    return written, skipped
+    with new_folder(Path(folder), inputs=[Path(root)]) as new:
+        for name in ("hr", "lr"):
+            (new / name).mkdir()
+        with (new / "labels.jsonl").open("w", encoding="utf-8") as table:
+            for record in range(1, records.count + 1):
+                try:
+                    row, images = _unpacked(records, record)
+                except RecordError as wrong:
+                    skipped.append(Skipped(f"{root}#{record:09d}", str(wrong)))
+                    continue
+                for path, data in images.items():
+                    (new / path).write_bytes(data)
+                table.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return records.count - len(skipped), skipped
+
+
+def _unpacked(records: Records, record: int) -> tuple[dict[str, str], dict[str, bytes]]:
+    """A row of the table, and the images that it names."""
+    row: dict[str, str] = {}
+    images: dict[str, bytes] = {}
+    for name in ("hr", "lr"):
+        key = b"image_%s-%09d" % (name.encode(), record)
+        data = records.get(key)
+        if data is None:
+            raise RecordError(f"{key.decode()} is missing")
+        decode(data, key.decode())
+        row[name] = f"{name}/{record:09d}{_suffix(data)}"
+        images[row[name]] = data
+    row["label"] = records.text(b"label-%09d" % record)
+    return row, images
 
 
 def _checked(path: Path) -> bytes:
+    if not is_image_file(path):
+        raise RecordError(f"{path} is missing, or no file")
     data = path.read_bytes()
     decode(data, str(path))
     return data

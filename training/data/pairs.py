@@ -8,9 +8,10 @@ set is opened, and those that do not decode when it is checked or read into memo
 
 from __future__ import annotations
 
+import os
 import string
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from lemma_fast.images import resize
 from lemma_fast.training.data.lmdb import RecordError, Records, decode
-from lemma_fast.training.data.tables import find_table, read_table
+from lemma_fast.training.data.tables import find_table, is_image_file, read_table
 from lemma_fast.training.synthesis.degrade import Bytes, degrade_benchmark
 
 HR_SIZE = (32, 128)
@@ -100,9 +102,16 @@ class PairDataset(Dataset[Crop]):
 
     def pair(self, index: int) -> Pair:
         """The pair at `index`, from 0; raises `RecordError` where it cannot be read."""
-        hr, lr, label = self.stored(index)
+        return self.resized(index, *self.stored(index))
+
+    def resized(self, index: int, hr: Image.Image, lr: Image.Image | None, label: str) -> Pair:
+        """The pair of what `stored` gave at `index`."""
         small = _resized(lr, LR_SIZE) if lr is not None else self._make_lr(index, hr)
         return Pair(small, _resized(hr, HR_SIZE), clean_label(label), self.record_id(index))
+
+    @abstractmethod
+    def files(self) -> Iterator[Path]:
+        """The files that the set is read from."""
 
     def __getitem__(self, index: int) -> Crop:
         return self.__getitems__([index])[0]
@@ -203,6 +212,10 @@ class _LmdbDataset(PairDataset):
 
     def record_id(self, index: int) -> str:
         return self._name(*self._places[index])
+
+    def files(self) -> Iterator[Path]:
+        for root in self.roots:
+            yield root.root if root.root.is_file() else root.root / "data.mdb"
 
     def _name(self, number: int, record: int) -> str:
         return f"{self.roots[number].root}#{record:09d}"
@@ -307,16 +320,20 @@ class FolderDataset(PairDataset):
         self.seed = seed
         self.table = self.folder / labels if labels is not None else find_table(self.folder)
         self.rows: list[tuple[Path, Path | None, str]] = []
-        for number, row in enumerate(read_table(self.table), start=1):
+        for number, row in read_table(self.table):
             hr_name = row.get("hr") or row.get("file")
             if not hr_name or row.get("label") is None:
                 self.skipped.append(
-                    Skipped(f"{self.table}:{number}", "needs hr (or file) and label")
+                    Skipped(
+                        f"{self.table}:{number}", "needs hr (or file) and label, no more fields"
+                    )
                 )
                 continue
             hr = self.table.parent / hr_name
             lr = self.table.parent / row["lr"] if row.get("lr") else None
-            absent = [str(path) for path in (hr, lr) if path is not None and not path.is_file()]
+            absent = [
+                str(path) for path in (hr, lr) if path is not None and not is_image_file(path)
+            ]
             if absent:
                 self.skipped.append(Skipped(str(hr), f"{', '.join(absent)} missing"))
             else:
@@ -329,17 +346,23 @@ class FolderDataset(PairDataset):
     def record_id(self, index: int) -> str:
         return str(self.rows[index][0])
 
+    def files(self) -> Iterator[Path]:
+        yield self.table
+        for hr, lr, _ in self.rows:
+            yield from (path for path in (hr, lr) if path is not None)
+
     def stored(self, index: int) -> tuple[Image.Image, Image.Image | None, str]:
         hr_path, lr_path, label = self.rows[index]
-        hr = decode(hr_path.read_bytes(), str(hr_path))
-        lr = decode(lr_path.read_bytes(), str(lr_path)) if lr_path is not None else None
+        hr = decode(hr_path, str(hr_path))
+        lr = decode(lr_path, str(lr_path)) if lr_path is not None else None
         return hr, lr, label
 
     def _make_lr(self, index: int, hr: Image.Image) -> Bytes:
         lr = _resized(hr, LR_SIZE)
         if self.degradation == "paper":
             # Seeded by the name, so that a row's picture does not depend on the rows around it.
-            name = sum(256**i * byte for i, byte in enumerate(self.rows[index][0].name.encode()))
+            encoded = os.fsencode(self.rows[index][0].name)
+            name = sum(256**i * byte for i, byte in enumerate(encoded))
             lr = degrade_benchmark(lr, np.random.default_rng((self.seed, name)))
         return lr
 
@@ -365,9 +388,7 @@ def clean_label(label: str) -> str:
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Bytes:
     height, width = size
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(resize(image, (width, height)))
 
 
 def _planes(image: Bytes) -> Tensor:

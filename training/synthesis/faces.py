@@ -94,10 +94,11 @@ def is_usable(path: str) -> bool:
         return False
     try:
         font = ImageFont.truetype(path, 32, layout_engine=ImageFont.Layout.BASIC)
-    except OSError:
+        absent = bytes(font.getmask("\uffff"))
+        glyphs = [bytes(font.getmask(letter)) for letter in _LETTERS]
+    except (OSError, ValueError):
+        # Damage may show only where a letter is drawn.
         return False
-    absent = bytes(font.getmask("\uffff"))
-    glyphs = [bytes(font.getmask(letter)) for letter in _LETTERS]
     # Small capitals make 26 pairs alike; fewer shapes than that is a font of boxes.
     return all(any(g) and g != absent for g in glyphs) and len(set(glyphs)) >= 36
 

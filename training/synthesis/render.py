@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
+from multiprocessing import resource_tracker
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -151,29 +154,30 @@ def synthesize(
     """Write `n` samples to the LMDB `out` and return its recipe, which the set also carries.
 
     Records do not depend on `jobs`. `progress` is told how many are written. The set appears at
-    `out` when it is complete; a set that is there already raises `FileExistsError`.
+    `out` when it is complete; for what is there already, see `PairWriter`.
     """
     if n < 1 or jobs < 1:
         raise ValueError(f"n and jobs are at least 1, not {n} and {jobs}")
     source = fonts if isinstance(fonts, str) else tuple(str(folder) for folder in fonts)
     options: _Options = (source, words, difficulty, dictionary)
-    made = renderer(*options)
-    recipe: dict[str, object] = {
-        "recipe": RECIPE,
-        "seed": seed,
-        "samples": n,
-        "difficulty": difficulty,
-        "words": words,
-        "dictionary_sha256": made.vocabulary.digest,
-        "fonts": source if isinstance(source, str) else "folders",
-        "faces": len(made.faces),
-        "faces_sha256": digest(made.faces),
-        "pillow": PIL.__version__,
-        "freetype": str(features.version("freetype2")),
-        "libjpeg": str(features.version("libjpeg_turbo") or features.version("jpg")),
-        "numpy": np.__version__,
-    }
+    # Entered first, because looking up fonts takes longer than judging the place.
     with PairWriter(out, overwrite=overwrite) as writer:
+        made = renderer(*options)
+        recipe: dict[str, object] = {
+            "recipe": RECIPE,
+            "seed": seed,
+            "samples": n,
+            "difficulty": difficulty,
+            "words": words,
+            "dictionary_sha256": made.vocabulary.digest,
+            "fonts": source if isinstance(source, str) else "folders",
+            "faces": len(made.faces),
+            "faces_sha256": digest(made.faces),
+            "pillow": PIL.__version__,
+            "freetype": str(features.version("freetype2")),
+            "libjpeg": str(features.version("libjpeg_turbo") or features.version("jpg")),
+            "numpy": np.__version__,
+        }
         for hr, lr, label in _encoded(options, seed, n, jobs):
             writer.add(label, hr, lr)
             if writer.count % _CHUNK == 0 or writer.count == n:
@@ -193,8 +197,20 @@ def _encoded(options: _Options, seed: int, n: int, jobs: int) -> Iterator[_Encod
         yield from chain.from_iterable(map(_draw_chunk, tasks))
         return
     # Spawned, because the parent may hold threads (torch, a progress bar) that a fork would lose.
-    with _single_threaded(), multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with _single_threaded(), _pool(jobs) as pool:
         yield from chain.from_iterable(pool.imap(_draw_chunk, tasks))
+
+
+def _pool(jobs: int) -> Pool:
+    """Processes that Ctrl-C does not end: the terminal sends it to all, and this one ends them."""
+    # Its start, which a pool asks for otherwise, would let the signal through.
+    resource_tracker.ensure_running()
+    held = {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        return multiprocessing.get_context("spawn").Pool(jobs)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from lemma_fast.training.data.tables import read_text
+
 Split = Literal["train", "test"]
 SYSTEM_DICTIONARY = Path("/usr/share/dict/words")
 LONGEST = 14
@@ -101,7 +103,7 @@ def read_dictionary(source: str) -> tuple[str, ...]:
             f"no word list at {path}: install the Debian package wamerican, name a file with one"
             " word a line, or ask for the short list by the name builtin"
         )
-    lines = path.read_text(encoding="utf-8").split()
+    lines = read_text(path).split()
     kept = {
         w
         for w in lines
