@@ -27,9 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned() -> Iterator[None]:
     torch.manual_seed(0)
-    cudnn = torch.backends.cudnn
-    for part in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
-        part.fp32_precision = "ieee"
+    # By the old interface, which sets the new one too: PyTorch's exporter still reads the old one.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     # From here on torch.empty() is filled with NaN, so what is read before it is written shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

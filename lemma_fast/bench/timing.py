@@ -205,7 +205,7 @@ def _commit() -> str | None:
         return given
     # A link leads from an unpacked package to the checkout.
     folder = str(Path(__file__).resolve().parent)
-    tracked = _said("git", "-C", folder, "ls-files", "--error-unmatch", "model.py")
+    tracked = _said("git", "-C", folder, "ls-files", "--error-unmatch", Path(__file__).name)
     commit = _said("git", "-C", folder, "rev-parse", "HEAD") if tracked else None
     if commit is None:
         return None

@@ -60,6 +60,8 @@ def test_quick_leaves_out_what_takes_minutes():
         plan = bench.default_plan(torch.device(device), quick=True)
         assert plan.variants == ("reference", "accelerated")
         full = bench.default_plan(torch.device(device))
-        assert full.variants == bench.VARIANTS
+        # Weights in half precision are for where half precision is timed.
+        assert set(bench.VARIANTS) - set(full.variants) <= {"reference-cast"}
+        assert ("reference-cast" in full.variants) == (device == "cuda")
         assert full.batches[0] == 1
     assert full.batches == (1, 8, 64, 256)

@@ -15,7 +15,8 @@ from lemma_fast.ops import extension, fused, reference
 if (why := extension.missing()) is not None:
     pytest.skip(why, allow_module_level=True)
 
-from lemma_fast.ops.adafm import _TRAINED, _flatten
+from lemma_fast.ops.adafm import _TRAINED
+from lemma_fast.ops.weights import flat
 
 C, SIZE = 20, (3, 5)
 
@@ -40,7 +41,7 @@ def inputs():
 def test_opcheck(made, inputs, training):
     features, guidance = inputs
     last = features.detach().to(memory_format=torch.channels_last).requires_grad_()
-    tensors = _flatten(made.weights())
+    tensors = list(flat(made.weights()))
     ops = torch.ops.lemma_fast
     torch.library.opcheck(ops.adafm, (last, guidance, tensors, training, False))
     plain = [tensor.detach() for tensor in tensors]
@@ -61,7 +62,7 @@ def test_opcheck(made, inputs, training):
 def test_opcheck_of_inference(made, inputs):
     dtype = torch.float64
     features, guidance = (x.detach().to(dtype) for x in inputs)
-    plain = [tensor.detach().to(dtype) for tensor in _flatten(made.weights())]
+    plain = [tensor.detach().to(dtype) for tensor in flat(made.weights())]
     torch.library.opcheck(torch.ops.lemma_fast.adafm_fold, (plain, dtype))
     folded = torch.ops.lemma_fast.adafm_fold(plain, dtype)
     torch.library.opcheck(torch.ops.lemma_fast.adafm_inference, (features, guidance, folded, False))
@@ -87,7 +88,7 @@ def test_compiles_without_a_break(made, inputs, training):
 def test_folding(made):
     """The first matrices and biases hold three norms and the guidance's, as the modules say."""
     folded = torch.ops.lemma_fast.adafm_fold(
-        [tensor.detach() for tensor in _flatten(made.weights())], torch.float32
+        [tensor.detach() for tensor in flat(made.weights())], torch.float32
     ).view(torch.float32)
     padded = 32
     matrices = folded[: 14 * padded**2].view(14, padded, padded)

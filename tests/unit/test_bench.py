@@ -8,11 +8,11 @@ from tiny_network import tiny_config
 
 from lemma_fast import LEMMA, LemmaConfig, load
 from lemma_fast.bench import stages
+from lemma_fast.bench import training as training_steps
 from lemma_fast.bench import variants as bench
 from lemma_fast.bench.run import as_line, run
 from lemma_fast.bench.timing import Clock, Rates, Timed, environment, in_turn, ratios, spread
 from lemma_fast.bench.variants import Plan, Unavailable, Variants, count_work, precision, time_model
-from lemma_fast.bench.variants import training as training_steps
 
 CPU = torch.device("cpu")
 PLAN = Plan((1, 2), ("float32",), ("reference", "compiled"), seconds=0.0, rounds=(2, 2))
@@ -70,11 +70,13 @@ def test_clock_runs_a_call_within_its_setting():
     def call():
         inside.append(torch.backends.cudnn.allow_tf32)
 
+    parts = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [part.fp32_precision for part in parts]
     timed = Timed(call, lambda: precision("tf32"))
     Clock(CPU).measure(timed, repeats=2)
     assert inside == [True, True]
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert [part.fp32_precision for part in parts] == before
+    assert "tf32" not in before
 
 
 def test_ratios_are_taken_round_by_round():

@@ -170,7 +170,7 @@ def printed(folder, cwd, *arguments):
 def test_the_linked_package_is_the_whole_one(tmp_path):
     # A file that the build adds later has to be seen by the next step.
     processes.link_package(tmp_path)
-    (tmp_path / "lemma_fast" / "model.py").unlink()
+    (tmp_path / "lemma_fast" / "images.py").unlink()
     processes.link_package(tmp_path)
     code = (
         "import lemma_fast.kernels, lemma_fast.training, lemma_fast.ops.reference, lemma_fast\n"
