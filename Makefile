@@ -16,8 +16,10 @@ CSRC := $(wildcard $(foreach d,csrc csrc/* csrc/*/* tests/emulator,$(foreach e,c
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-# Without `slow` and what compiles or trains: the tests of a minute.
+# Without `slow` and what builds or trains.
 QUICK := tests/unit tests/golden/test_eval.py tests/golden/test_fill.py
+QUICK_FLAGS := -q -m 'not slow' -k 'not training_runs and not suite and not cubins and not headers \
+    and not extension and not evaluate and not crnn_prior'
 
 .PHONY: help demo check test launches wheel docs lint format types bench gpu-bundle fonts system-deps clean
 
@@ -28,7 +30,7 @@ demo: $(VENV)/.package  ## set up, then double the size of the crops in examples
 	@$(BIN)/python examples/demo.py $(DEMO_OUTPUT)
 
 check: lint types  ## style, types, import rules and the quick tests: under two minutes
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -q -m "not slow" $(QUICK)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(QUICK_FLAGS) $(QUICK)
 
 test: lint types  ## set up with all tools, then lint, types and every test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) --durations=25
