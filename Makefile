@@ -18,8 +18,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 .DEFAULT_GOAL := help
 # Without `slow` and what builds or trains.
 QUICK := tests/unit tests/golden/test_eval.py tests/golden/test_fill.py
-QUICK_FLAGS := -q -m 'not slow' -k 'not training_runs and not suite and not cubins and not headers \
-    and not extension and not evaluate and not crnn_prior'
+QUICK_FLAGS := -q -m 'not slow' $(addprefix --ignore=tests/unit/,benchmarks/test_gpu_suite.py \
+    benchmarks/test_plan.py benchmarks/test_training.py csrc model/test_crnn_prior.py \
+    ops/test_extension.py training/evaluation/test_evaluate.py training/loop/test_runs.py)
 
 .PHONY: help demo check test launches wheel docs lint format types bench gpu-bundle fonts system-deps clean
 

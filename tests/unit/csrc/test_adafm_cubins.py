@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SOURCES = [
     path.relative_to(ROOT).as_posix()
     for path in sorted(ROOT.glob("csrc/**/*.cu"))

@@ -14,7 +14,7 @@ from suite.bundle import Bundle
 
 from lemma_fast.training.synthesis.faces import packages
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WEIGHTS = ROOT / "lemma_fast" / "weights" / "small.safetensors"
 
 

@@ -30,7 +30,7 @@ from lemma_fast.checkpoint import files as weight_files
 from lemma_fast.checkpoint.published import name_map, published_name
 from lemma_fast.recognizers import CRNN, CRNNConfig
 
-DATA = Path(__file__).parents[1] / "golden" / "data"
+DATA = Path(__file__).parents[2] / "golden" / "data"
 TINY = replace(LemmaConfig.small(), num_blocks=1, rectification=True)
 
 

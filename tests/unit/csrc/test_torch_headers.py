@@ -13,7 +13,7 @@ from zipfile import ZipFile
 import pytest
 import torch_headers
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("which", [torch_headers.oldest, torch_headers.newest])

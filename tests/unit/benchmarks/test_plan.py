@@ -8,7 +8,7 @@ import report
 from suite import costs, plan, records
 from suite.records import Records
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = {"first": (plan.first(), plan.FIRST), "second": (plan.second(), plan.SECOND)}
 
 

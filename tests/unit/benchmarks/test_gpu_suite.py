@@ -15,7 +15,7 @@ from suite.bundle import Bundle
 from suite.parts import Parts
 from suite.plan import Part, Step, alone
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 #: A process of parts that records what it is given, and dies at one of them.
 PARTS = """
 import json, os

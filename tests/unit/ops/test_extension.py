@@ -13,7 +13,7 @@ import torch
 from lemma_fast.cli import doctor
 from lemma_fast.ops import extension, fused
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
