@@ -133,7 +133,7 @@ $(VENV)/.torch: $(VENV)/.made
 	    echo "No CUDA device: installing $(TORCH) from the index of CPU builds."; \
 	    $(INSTALL_TESTED) --extra-index-url '$(TORCH_INDEX)' '$(TORCH)'; \
 	else \
-	    echo "No CUDA device, and $(TORCH_INDEX) does not answer:" \
+	    echo "No CUDA device, and no index of CPU builds at '$(TORCH_INDEX)':" \
 	        "installing the $(TORCH) that pip is set up for."; \
 	    $(INSTALL_TESTED) '$(TORCH)'; \
 	fi
