@@ -4,7 +4,7 @@ For each release of Python that pyproject.toml names, the newest that is found (
 PATH), in a clean clone of HEAD: `make demo`, then `make TARGET`. Variables given to `make matrix`
 reach these too, such as `make matrix MATRIX_TARGET=check TORCH=torch==2.11.0 CONSTRAINTS=`.
 
-Logs are written to build/matrix/. The clones lie in a temporary folder (TMPDIR; up to 6 GB each
+Logs are written to build/matrix/, a folder for each run. The clones lie in a temporary folder (TMPDIR; up to 6 GB each
 with a CUDA build of PyTorch), and one where something failed is kept. The exit code is 1 where
 something failed, 2 where nothing could be tried.
 """
@@ -145,7 +145,7 @@ def row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def tried(python: Python, target: str, root: Path) -> tuple[str, bool]:
+def tried(python: Python, target: str, root: Path, logs: Path) -> tuple[str, bool]:
     """Try one Python; return its row and whether all went well."""
     folder = Path(tempfile.mkdtemp(prefix=f"lemma-fast-{python.name}-"))
     clone, kept = folder / "lemma-fast", False
@@ -153,7 +153,7 @@ def tried(python: Python, target: str, root: Path) -> tuple[str, bool]:
     try:
         subprocess.run(["git", "clone", "--quiet", str(root), str(clone)], check=True)
         for command in ("demo", target):
-            log = root / "build" / "matrix" / f"{python.name}-{command}.log"
+            log = logs / f"{python.name}-{command}.log"
             print(f"Python {python.name}: make {command}, log in {log}", file=sys.stderr)
             outcomes.append(make(command, python, clone, log))
             if outcomes[-1].code:
@@ -183,12 +183,13 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     if not pythons:
         print("matrix: none of these Pythons is here:", *releases, file=sys.stderr)
         return 2
-    (root / "build" / "matrix").mkdir(parents=True, exist_ok=True)
+    logs = root / "build" / "matrix" / time.strftime("%Y-%m-%d-%H%M%S")
+    logs.mkdir(parents=True, exist_ok=True)
     head = ["Python", *VERSIONS, "make demo", f"make {given.target}"]
     print(row(head), row(["---"] * len(head)), sep="\n", flush=True)
     sound = True
     for python in pythons:
-        line, well = tried(python, given.target, root)
+        line, well = tried(python, given.target, root, logs)
         sound = sound and well
         print(line, flush=True)
     return not sound
