@@ -4,9 +4,9 @@ For each release of Python that pyproject.toml names, the newest that is found (
 PATH), in a clean clone of HEAD: `make demo`, then `make TARGET`. Variables given to `make matrix`
 reach these too, such as `make matrix MATRIX_TARGET=check TORCH=torch==2.11.0 CONSTRAINTS=`.
 
-Logs are written to build/matrix/, a folder for each run. The clones lie in a temporary folder (TMPDIR; up to 6 GB each
-with a CUDA build of PyTorch), and one where something failed is kept. The exit code is 1 where
-something failed, 2 where nothing could be tried.
+Logs are written to build/matrix/, a folder for each run. The clones lie in a temporary folder
+(TMPDIR; up to 6 GB each with a CUDA build of PyTorch), and one where something failed is kept. The
+exit code is 1 where something failed, 2 where nothing could be tried.
 """
 
 from __future__ import annotations
