@@ -43,8 +43,10 @@ def pythons(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def tree(tmp_path, pythons):
+def tree(monkeypatch, tmp_path, pythons):
     """A repository with a file that was changed after its last commit, and two Pythons."""
+    # The tests may have been started by `make -C`.
+    monkeypatch.delenv("MAKEFLAGS", raising=False)
     root = tmp_path / "tree"
     root.mkdir()
     (root / "Makefile").write_text(MAKEFILE)
