@@ -1,12 +1,15 @@
 """`make matrix`: which Pythons are tried, in what, and what its table and exit code say."""
 
 import importlib.util
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
+# A source distribution may be tested where it is not.
+GIT = shutil.which("git")
 MAKEFILE = """\
 demo:
 \t@echo "$(PYTHON) $$(cat committed) $(EXTRA)"
@@ -45,6 +48,8 @@ def pythons(monkeypatch, tmp_path):
 @pytest.fixture
 def tree(monkeypatch, tmp_path, pythons):
     """A repository with a file that was changed after its last commit, and two Pythons."""
+    if GIT is None:
+        pytest.skip("needs git")
     # The tests may have been started by `make -C`.
     monkeypatch.delenv("MAKEFLAGS", raising=False)
     root = tmp_path / "tree"
@@ -54,7 +59,7 @@ def tree(monkeypatch, tmp_path, pythons):
         '"Programming Language :: Python :: 3.11"\n"Programming Language :: Python :: 3.12"\n'
     )
     (root / "committed").write_text("as committed")
-    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    git = [GIT, "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "Begin"]):
         subprocess.run([*git, *command], check=True)
     (root / "committed").write_text("changed since")
