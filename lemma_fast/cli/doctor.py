@@ -11,7 +11,7 @@ import typer
 from lemma_fast.cli.exits import say
 from lemma_fast.outputs import reason
 
-PACKAGES = ("lemma-fast", "torch", "numpy", "pillow", "safetensors", "huggingface_hub", "triton")
+PACKAGES = ("numpy", "pillow", "safetensors", "huggingface_hub")
 
 
 def doctor() -> None:
@@ -31,9 +31,11 @@ def lines() -> Iterator[tuple[str, str, bool]]:
     import torch
 
     yield "python", f"{platform.python_version()} on {platform.platform()}", True
+    yield "lemma-fast", _version("lemma-fast") or "not installed", True
+    # The package's version may not tell its build, such as +cu130.
+    yield "torch", str(torch.__version__), True
     for package in PACKAGES:
-        if package != "triton":
-            yield package, _version(package) or "not installed", True
+        yield package, _version(package) or "not installed", True
     yield "triton", *_triton()
     yield "extension", *_extension()
     yield "CPU", f"{torch.get_num_threads()} threads", True
