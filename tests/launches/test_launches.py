@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aot import CACHE
 
 pytest.importorskip("triton")
 from triton.backends.nvidia import driver as nvidia
@@ -80,7 +81,7 @@ def launch_runs(libraries: Path, capability: int, *arguments: str) -> dict[str, 
         "FAKE_CUDA_CAPABILITY": str(capability),
         "FAKE_TORCH": str(libraries / "fake_torch.so"),
         "TRITON_LIBCUDA_PATH": str(libraries),
-        "TRITON_CACHE_DIR": str(libraries / "cache"),
+        "TRITON_CACHE_DIR": str(CACHE),
     }
     command = [sys.executable, "-W", "ignore", str(HERE / "launch_runs.py"), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
