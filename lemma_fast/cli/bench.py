@@ -108,8 +108,8 @@ def bench(
             )
         except OutputError as error:
             misused(error)
+    from lemma_fast.bench.plan import PRECISIONS, VARIANTS, default_plan
     from lemma_fast.bench.run import run
-    from lemma_fast.bench.variants import PRECISIONS, VARIANTS, default_plan
     from lemma_fast.devices import choose_device
 
     try:

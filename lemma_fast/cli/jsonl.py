@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TextIO, get_args
 
 from lemma_fast.atomic import make_folder, replacing
 from lemma_fast.cli.exits import misused
-from lemma_fast.cli.inputs import STDIN, Inputs, Outcome, Status
+from lemma_fast.cli.inputs import STDIN, Inputs
+from lemma_fast.cli.results import Outcome, Status
 from lemma_fast.images import image_suffixes
 from lemma_fast.outputs import check_output, is_stream, reason
 

@@ -27,7 +27,8 @@ from PIL import Image
 
 from lemma_fast import compare, images
 from lemma_fast.atomic import make_folder, replace_file, replacing
-from lemma_fast.cli.inputs import Inputs, Naming, Outcome, Source, real
+from lemma_fast.cli.inputs import Inputs, Source, real
+from lemma_fast.cli.results import Naming, Outcome
 from lemma_fast.images import Frame, ImageError, Size
 from lemma_fast.outputs import OutputError, check_folder, reason
 from lemma_fast.recognizers import Recognizer

@@ -36,6 +36,7 @@ from lemma_fast.training.evaluation.tables import plain_console
 from lemma_fast.training.loop import folder as files
 from lemma_fast.training.loop import weights
 from lemma_fast.training.loop.average import Average
+from lemma_fast.training.loop.curves import Curves
 from lemma_fast.training.loop.devices import Agreement, device_name, launch
 from lemma_fast.training.loop.provenance import provenance
 from lemma_fast.training.loop.stages import STAGES, Stage
@@ -141,9 +142,9 @@ class Run:
         self.average = Average(self.stage.network, settings.run.ema, averaged)
         self.origin = provenance(settings, len(train), len(chosen), left_out)
         self.origin["device"] = device_name(fabric)
-        self.curves: files.Curves | None = None
+        self.curves: Curves | None = None
         if self.leads:
-            self.curves = files.Curves(self.folder, self.step, settings.run.tensorboard)
+            self.curves = Curves(self.folder, self.step, settings.run.tensorboard)
             replace_file(self.folder / files.SETTINGS, json.dumps(plain(settings), indent=2))
         self.bar = _progress_bar(self.leads)
         self.task = self.bar.add_task(

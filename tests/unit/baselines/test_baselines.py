@@ -24,8 +24,8 @@ from lemma_fast.training.data.batches import EncodedCrops, split
 from lemma_fast.training.data.pairs import TextZoomDataset
 from lemma_fast.training.evaluation import report
 from lemma_fast.training.evaluation.evaluate import measure, open_readers
+from lemma_fast.training.loop.curves import read_curves
 from lemma_fast.training.loop.fit import fit
-from lemma_fast.training.loop.folder import read_curves
 from lemma_fast.training.loop.stages import RestorationStage
 from lemma_fast.training.losses.lemma import gradient_profile, gradient_profile_loss
 from lemma_fast.training.networks import device_of, super_resolve
