@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lemma_fast.outputs import reason
+from lemma_fast.errors import reason
 
 Size = Literal["native", "x2"]
 Format = Literal["png", "jpg", "webp"]

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lemma_fast.errors import reason
+
 
 class OutputError(ValueError):
     """An output that must not or cannot be written; the message is one sentence with its name."""
@@ -70,18 +72,21 @@ def check_folder(path: Path, option: str = "") -> None:
         raise OutputError(f"cannot write to {name}: {reason(error)}") from None
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, however deep (Python's own way is recursive)."""
+    missing = []
+    while not folder.is_dir() and folder != folder.parent:
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+
+
 def is_stream(path: Path) -> bool:
     """Whether `path` is a device or a pipe, which takes what is written and keeps nothing."""
     return str(path).startswith(("/dev/", "/proc/")) or (
         os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     )
-
-
-def reason(error: BaseException) -> str:
-    """Say in a few words what an exception says."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[0].lower() + error.strerror[1:]
-    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _same(path: Path, source: str | Path) -> bool:

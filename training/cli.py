@@ -199,6 +199,7 @@ def evaluate(
     from lemma_fast.devices import choose_device
     from lemma_fast.training.data.inspect import open_pairs
     from lemma_fast.training.evaluation import report
+    from lemma_fast.training.evaluation.contact_sheet import contact_sheet
     from lemma_fast.training.evaluation.evaluate import (
         Protocol,
         check_finite,
@@ -272,7 +273,7 @@ def evaluate(
         else:
             print_tables(plain_console(), *report.forms(summary))
         if output is not None:
-            sheet = report.contact_sheet(network, subsets, sets, readers)
+            sheet = contact_sheet(network, subsets, sets, readers)
             for path in report.write(output, summary, about, sheet):
                 console.print(readable(f"wrote {path}"), soft_wrap=True)
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lemma_fast.atomic import replacing
-from lemma_fast.outputs import reason
+from lemma_fast.errors import reason
 
 Config = TypeVar("Config")
 Value = TypeVar("Value")

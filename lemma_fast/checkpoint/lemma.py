@@ -39,9 +39,9 @@ from lemma_fast.checkpoint.files import (
 from lemma_fast.checkpoint.locate import locate
 from lemma_fast.checkpoint.published import extra_tables, infer_config, name_map, published_name
 from lemma_fast.config import CRNNConfig, LemmaConfig
+from lemma_fast.errors import reason
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import TextPrior
-from lemma_fast.outputs import reason
 from lemma_fast.recognizers.crnn import CRNN
 
 if TYPE_CHECKING:

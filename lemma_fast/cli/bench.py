@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from lemma_fast.cli.exits import fail, interruptible, misused, say
-from lemma_fast.outputs import OutputError, check_output, reason
+from lemma_fast.errors import reason
+from lemma_fast.outputs import OutputError, check_output
 
 if TYPE_CHECKING:
     from lemma_fast.model import LEMMA

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lemma_fast.cli.exits import misused
+from lemma_fast.errors import reason
 from lemma_fast.images import image_suffixes
-from lemma_fast.outputs import reason
 
 STDIN = "-"
 COMPARE = "_compare"

@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lemma_fast import compare, images
-from lemma_fast.atomic import make_folder, replace_file, replacing
+from lemma_fast.atomic import replace_file, replacing
 from lemma_fast.cli.inputs import Inputs, Source, real
 from lemma_fast.cli.results import Naming, Outcome
+from lemma_fast.errors import reason
 from lemma_fast.images import Frame, ImageError, Size
-from lemma_fast.outputs import OutputError, check_folder, reason
+from lemma_fast.outputs import OutputError, check_folder, make_folder
 from lemma_fast.recognizers import Recognizer
 from lemma_fast.upscale import Upscaled, Upscaler
 

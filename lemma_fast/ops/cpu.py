@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lemma_fast.ops import Activation, extension
 from lemma_fast.ops.fused import adafm
+from lemma_fast.ops.layouts import empty_map
 from lemma_fast.ops.reference import (
     compress_select,
     gather_region,
@@ -178,12 +179,7 @@ def _without_gradient(name: str, *tensors: Tensor) -> None:
 
 
 def _fake_bigru(features: Tensor, packed: Tensor, hidden: int, axis: int) -> Tensor:
-    N, _, H, W = features.shape
-    last = not features.is_contiguous() and features.is_contiguous(
-        memory_format=torch.channels_last
-    )
-    layout = torch.channels_last if last else torch.contiguous_format
-    return features.new_empty(N, 2 * hidden, H, W).to(memory_format=layout)
+    return empty_map(features, 2 * hidden)
 
 
 def _fake_winograd(

@@ -1,4 +1,4 @@
-"""What `lemma-fast evaluate` writes: a table, JSON, Markdown, a contact sheet, a plot."""
+"""What `lemma-fast evaluate` shows and writes: tables, JSON, Markdown, a plot."""
 
 from __future__ import annotations
 
@@ -11,28 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.table import Table
-from torch import Tensor
 
 from lemma_fast.atomic import replace_file
-from lemma_fast.baselines import Baseline
-from lemma_fast.compare import overlay
-from lemma_fast.model import LEMMA
-from lemma_fast.model.prior import Prior
-from lemma_fast.recognizers import Recognizer
-from lemma_fast.training.data.pairs import HR_SIZE, PairDataset
-from lemma_fast.training.evaluation.evaluate import ROWS, Subset, views
+from lemma_fast.training.evaluation.evaluate import ROWS
 from lemma_fast.training.evaluation.summary import AVERAGE, Summary, Value
-from lemma_fast.training.networks import device_of
 
 _FILES = ("evaluation.json", "evaluation.md", "crops.png", "lengths.png")
-_FACTOR = 2
-_PANEL = (_FACTOR * HR_SIZE[1], _FACTOR * HR_SIZE[0])
-_GAP, _LINE, _HEAD = 8, 13, 150
 
 
 def note(summary: Summary) -> str:
@@ -182,83 +168,6 @@ def plot_lengths(summary: Summary, path: Path) -> None:
         panel.set(title=reader, xlabel="characters", ylabel="word accuracy (%)", ylim=(0, 102))
         panel.legend(loc="upper right")
     figure.savefig(path, dpi=120)
-
-
-def notable(subsets: Sequence[Subset], count: int = 4) -> dict[str, list[tuple[int, int]]]:
-    """The crops that gained most, least and the median in PSNR, as (subset, crop).
-
-    Each group has `count`, fewer where that would show a crop twice.
-    """
-    places = [(s, i) for s, subset in enumerate(subsets) for i in range(len(subset.gain))]
-    gains = np.concatenate([subset.gain for subset in subsets])
-    order = [places[i] for i in np.argsort(-gains, kind="stable")]
-    count = max(1, min(count, len(order) // 3))
-    middle = (len(order) - count) // 2
-    return {
-        "best": order[:count],
-        "median": order[middle : middle + count],
-        "worst": order[-count:],
-    }
-
-
-def contact_sheet(
-    model: LEMMA | Baseline,
-    subsets: Sequence[Subset],
-    sets: Sequence[PairDataset],
-    readers: Mapping[str, Recognizer],
-    count: int = 4,
-) -> Image.Image:
-    """Input, bicubic, SR, HR and attention of notable crops, with the strings that were read.
-
-    A baseline has no attention to show.
-    """
-    groups = notable(subsets, count)
-    chosen = [(group, *place) for group, places in groups.items() for place in places]
-    height = _PANEL[1] + _LINE * max(1, len(readers)) + _GAP
-    titles = ("input", *ROWS, *(() if isinstance(model, Baseline) else ("attention",)))
-    width = _HEAD + (_PANEL[0] + _GAP) * len(titles)
-    sheet = Image.new("RGB", (width, 2 * _LINE + _GAP + height * len(chosen)), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(11)
-    for column, title in enumerate(titles):
-        draw.text((_HEAD + column * (_PANEL[0] + _GAP), _LINE // 2), title, (0, 0, 0), font)
-    for number, (group, s, i) in enumerate(chosen):
-        subset, top = subsets[s], 2 * _LINE + number * height
-        about = (group, subset.name, repr(subset.labels[i]), f"{subset.gain[i]:+.2f} dB")
-        draw.multiline_text((_GAP, top), "\n".join(about), (0, 0, 0), font)
-        for column, image in enumerate(_panels(model, sets[s], i)):
-            left = _HEAD + column * (_PANEL[0] + _GAP)
-            sheet.paste(image, (left, top))
-            row = titles[column]
-            for line, reader in enumerate(readers if row in ROWS else ()):
-                words = f"{reader}: {subset.rows[row].texts[reader][i]}"
-                draw.text((left, top + _PANEL[1] + _LINE * line), words, (60, 60, 60), font)
-    return sheet
-
-
-def attention(prior: Prior) -> npt.NDArray[np.float32]:
-    """Where the first crop's characters are [H, W]: the largest of its maps, none negative."""
-    live = prior.attn_map[0, : int(prior.pt_lengths[0])]
-    shown: npt.NDArray[np.float32] = live.amax(0).clamp(min=0).float().cpu().numpy()
-    return shown
-
-
-def _panels(model: LEMMA | Baseline, crops: PairDataset, index: int) -> list[Image.Image]:
-    lr, hr, _, _ = crops.raw([index])
-    device = device_of(model)
-    seen = views(model, lr.to(device), hr.to(device))
-    small = _picture(lr[0].float() / 255)
-    shown = [small, *(_picture(seen.images[row][0]) for row in ROWS)]
-    nearest = Image.Resampling.NEAREST
-    panels = [image.resize(_PANEL, nearest) for image in shown]
-    if seen.prior is None:
-        return panels
-    return [*panels, overlay(small.resize(_PANEL, nearest), attention(seen.prior))]
-
-
-def _picture(image: Tensor) -> Image.Image:
-    pixels = image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels)
 
 
 def prepare(folder: Path, plot: bool) -> None:
