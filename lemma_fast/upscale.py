@@ -21,8 +21,9 @@ from lemma_fast.checkpoint import load
 from lemma_fast.checkpoint.files import unwrapped
 from lemma_fast.config import LemmaConfig
 from lemma_fast.devices import choose_device
-from lemma_fast.images import Crop, ImageError, Size
+from lemma_fast.images import Crop, Frame, ImageError, Size
 from lemma_fast.model import LEMMA
+from lemma_fast.sharpness import network_share, sharpness
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -40,13 +41,20 @@ class Upscaled:
     `image` is the result; that of `Upscaler.infer` has the network's own size, 128x32. `text` is
     what the prior reads, in lower case; `length` counts the positions it holds valid, end mark
     included; `attention` float32 [16, 64] is the largest attention that a valid position pays to
-    each pixel: where the characters are.
+    each pixel: where the characters are. `sharpness` is that of the crop, and `share` of the result
+    is the network's (the rest is bicubic's), see `lemma_fast.sharpness`.
     """
 
     image: Image.Image
     text: str
     length: int
     attention: npt.NDArray[np.float32]
+    sharpness: float = 0.0
+    share: float = 1.0
+
+    def judged(self, frame: Frame) -> Upscaled:
+        """Add the crop's sharpness and the network's share, which its frame holds."""
+        return replace(self, sharpness=frame.sharpness, share=frame.share)
 
 
 class Upscaler:
@@ -65,6 +73,10 @@ class Upscaler:
     `batch_size` None is 32 on the CPU and 256 elsewhere. With `accelerate`, what runs is the copy
     that `lemma_fast.accelerate` makes (the attribute `network`), else the model itself.
 
+    With `always`, every result is the network's. Without it, as in the command `upscale`, half of
+    the result of a crop that is sharp already is its bicubic enlargement, because it has little to
+    gain and letters to lose (`lemma_fast.sharpness`).
+
     Every crop goes through the network at 16x64. `size` "native" returns its 32x128, which is what
     recognisers take; "x2" twice the crop's own width and height. One object may serve many threads,
     and may be copied and pickled. In a process that was forked from one that had imported this
@@ -79,6 +91,7 @@ class Upscaler:
         batch_size: int | None = None,
         size: Size = "native",
         accelerate: bool = True,
+        always: bool = True,
     ) -> None:
         _heed_fork()
         if dtype not in DTYPES:
@@ -100,6 +113,7 @@ class Upscaler:
         self.network: nn.Module = self._made_fast()
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
         self.size = size
+        self.always = always
 
     @property
     def size(self) -> Size:
@@ -196,10 +210,12 @@ class Upscaler:
         results = []
         for start in range(0, len(pictures), self.batch_size):
             taken = [_take(picture) for picture in pictures[start : start + self.batch_size]]
-            inferred = self.infer(np.stack([self.prepare(crop) for crop, _ in taken]))
-            for (crop, give_back), said in zip(taken, inferred, strict=True):
-                image = images.finish(said.image, crop.frame(chosen, self.native))
-                results.append((replace(said, image=image), give_back(image)))
+            planes = np.stack([self.prepare(crop) for crop, _ in taken])
+            for k, said in enumerate(self.infer(planes)):
+                crop, give_back = taken[k]
+                frame = self.frame(crop, planes[k], chosen)
+                image = images.finish(said.image, frame)
+                results.append((replace(said.judged(frame), image=image), give_back(image)))
         return results
 
     @property
@@ -211,6 +227,12 @@ class Upscaler:
     def prepare(self, crop: Crop) -> npt.NDArray[np.float32]:
         """Make the network's input of a crop: float32 [4, 16, 64]."""
         return images.network_input(crop.opaque, *self.config.size)
+
+    def frame(self, crop: Crop, planes: npt.NDArray[np.float32], size: Size) -> Frame:
+        """Keep what a result needs of its crop, whose `prepare` gave `planes`."""
+        sharp = sharpness(planes)
+        share = 1.0 if self.always else network_share(sharp)
+        return crop.frame(size, self.native, sharp, share)
 
     def infer(self, crops: npt.NDArray[np.float32]) -> list[Upscaled]:
         """Run the network once on [N, 4, 16, 64], in one batch.

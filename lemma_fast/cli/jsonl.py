@@ -184,6 +184,8 @@ def as_json(outcome: Outcome) -> dict[str, object]:
         "ms": round(outcome.milliseconds, 2),
         "text": None if found is None else found.text,
         "length": None if found is None else found.length,
+        "sharpness": None if found is None else round(found.sharpness, 3),
+        "share": None if found is None else round(found.share, 3),
         "before": _reading(outcome.before),
         "after": _reading(outcome.after),
         "notes": [*outcome.notes, *unread],

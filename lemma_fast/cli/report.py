@@ -58,6 +58,7 @@ class Report:
         name = "standard input" if outcome.source.data is not None else str(outcome.source.path)
         self.counts[outcome.status] += 1
         self.counts["unread"] += outcome.unread is not None
+        self.counts["sharp"] += outcome.found is not None and outcome.found.share < 1
         if self.jsonl is not None:
             self.jsonl.add(outcome)
         if outcome.status == "error":
@@ -95,6 +96,11 @@ class Report:
                 self.say(
                     f"Kept crops are taller than {keep_above} pixels; "
                     "--keep-above 0 upscales them too."
+                )
+            if self.counts["sharp"]:
+                self.say(
+                    f"{_number(self.counts['sharp'], 'crop')} sharp already: changed less than "
+                    "others; --always turns that off."
                 )
             self.say(self._summary(inputs, output))
         return int(self.counts["error"] + self.counts["unread"] > 0)

@@ -138,7 +138,7 @@ class Stream:
                     item.plain.putalpha(crop.alpha)
         else:
             item.planes = self.upscaler.prepare(crop)
-            item.frame = crop.frame(self.size, self.upscaler.native)
+            item.frame = self.upscaler.frame(crop, item.planes, self.size)
             if self.compare:
                 item.preview = crop.opaque
                 item.preview.thumbnail(compare.panel_size(item.frame.size))
@@ -238,7 +238,8 @@ class Stream:
             if isinstance(said, str):
                 item.outcome.fail(said)
             else:
-                item.outcome.found = said
+                assert item.frame is not None
+                item.outcome.found = said.judged(item.frame)
                 item.future = self._writers.submit(self._write, item, said)
 
     def _infer(self, batch: list[_Item]) -> list[Upscaled | str]:
@@ -269,7 +270,12 @@ class Stream:
         width, height = self.upscaler.native
         small = torch.from_numpy(planes[:, :3]).to(self.upscaler.device)
         before = F.interpolate(small, (height, width), mode="bicubic").clamp(0, 1)
-        pixels = torch.from_numpy(np.stack([np.asarray(said.image) for said in results]))
+        seen = [
+            np.asarray(item.frame.blended(said.image))
+            for item, said in zip(batch, results, strict=True)
+            if item.frame is not None
+        ]
+        pixels = torch.from_numpy(np.stack(seen))
         after = pixels.to(self.upscaler.device).permute(0, 3, 1, 2).float() / 255
         try:
             read = self.reader.read

@@ -77,11 +77,21 @@ def upscale(
     size: Annotated[
         str,
         typer.Option(
-            help="native: 128x32, what recognisers take. x2: twice the input's width and height.",
-            **one_of("native", "x2"),
+            help="x2: twice the input's width and height. native: 128x32, for recognisers that "
+            "take no other size.",
+            **one_of("x2", "native"),
             rich_help_panel="Results",
         ),
-    ] = "native",
+    ] = "x2",
+    always: Annotated[
+        bool,
+        typer.Option(
+            "--always",
+            help="Give crops that are sharp already the network's whole result too. By default "
+            "half of theirs is the bicubic enlargement, because they have little to gain.",
+            rich_help_panel="Results",
+        ),
+    ] = False,
     keep_above: Annotated[
         int,
         typer.Option(
@@ -168,9 +178,10 @@ def upscale(
         typer.Option(
             metavar="FILE",
             help="Write one line of JSON for each input: status, output or error, sizes, "
-            "milliseconds, the text that the network's prior read, its length, and what --read "
-            "read. - for standard output. A FILE of an earlier run is continued: the lines of "
-            "inputs that are only skipped, or not given this time, stay.",
+            "milliseconds, the text that the network's prior read, its length, the crop's "
+            "sharpness, the network's share of the result, and what --read read. - for standard "
+            "output. A FILE of an earlier run is continued: the lines of inputs that are only "
+            "skipped, or not given this time, stay.",
             rich_help_panel="Reports",
         ),
     ] = None,
@@ -215,7 +226,9 @@ def upscale(
     chosen = cast("Size", size)
     try:
         with _asking_the_hub(model, report):
-            upscaler = Upscaler(model, device, dtype, batch_size, chosen, accelerate=accelerate)
+            upscaler = Upscaler(
+                model, device, dtype, batch_size, chosen, accelerate=accelerate, always=always
+            )
         reader = _reader(read, upscaler.device)
     except (CheckpointError, FileNotFoundError) as error:
         fail(str(error))

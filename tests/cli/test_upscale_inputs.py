@@ -112,7 +112,7 @@ def test_existing_results_are_skipped_unless_asked(run, crop, tmp_path):
     assert "--overwrite" in ran.lines[0]["reason"]
     assert "1 skipped" in ran.err
     assert run("upscale", path, "--overwrite").code == 0
-    assert Image.open(result).size == (128, 32)
+    assert Image.open(result).size == (80, 24)
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["plain", "overwrite"])
