@@ -22,13 +22,6 @@ from lemma_fast.recognizers import CRNN, CRNNConfig
 DATA = Path(__file__).parents[2] / "golden" / "data"
 
 
-@pytest.fixture
-def published(model: LEMMA, tmp_path: Path) -> Path:
-    path = tmp_path / "LEMMA-release.pth"
-    torch.save({"state_dict_G": checkpoint.to_published(model), "info": {"epochs": 1}}, path)
-    return path
-
-
 def test_all_published_names_and_shapes() -> None:
     with torch.device("meta"):
         ours = LEMMA(LemmaConfig.base())
