@@ -32,7 +32,7 @@ NOTHING = "Not measured yet."
 
 
 def read(folder: Path) -> dict[str, Content]:
-    """The JSON files of a folder by their stems, in order; suites' summaries are none of ours."""
+    """The JSON files of a folder by their stems, in order, without what a suite adds to them."""
     paths = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
     files = {path.stem: read_file(path) for path in paths}
     return {stem: content for stem, content in files.items() if kind(content) != "other"}

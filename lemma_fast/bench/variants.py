@@ -37,7 +37,7 @@ class Variants:
         self.compile_mode = compile_mode
         self._folder = tempfile.TemporaryDirectory()
         self._built: dict[tuple[str, str], Forward] = {}
-        #: What a variant of ours is made of, in its own words, by variant and precision.
+        #: What the accelerated network says that it uses, by variant and precision.
         self.uses: dict[tuple[str, str], dict[str, str]] = {}
 
     def forward(self, variant: str, kind: str, batch: int) -> Forward:

@@ -67,8 +67,9 @@ CONFIG_KEY = "lemma_fast_config"
 def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
     """Load a network in evaluation mode.
 
-    `source` is a packaged name ("small"), a `.safetensors` of ours, a published `.pth`, a folder
-    written by `save_pretrained`, or a Hugging Face Hub id ("owner/name"). Raises CheckpointError.
+    `source` is a packaged name ("small"), a `.safetensors` that `save` wrote, a published `.pth`, a
+    folder that `save_pretrained` wrote, or a Hugging Face Hub id ("owner/name"). Raises
+    CheckpointError.
     """
     path = locate(source)
     if is_safetensors(path):
@@ -102,7 +103,7 @@ def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = 
 
 
 def verify(path: str | Path) -> str:
-    """Check a safetensors file of ours against the digest it carries; returns the digest."""
+    """Check a file that `save` wrote against the digest it carries; returns the digest."""
     path = Path(path)
     state, metadata = read_safetensors(path)
     return _check_digest(path, state, metadata)
@@ -192,8 +193,8 @@ def _from_published_names(
 def load_prior(model: LEMMA, *paths: str | Path) -> None:
     """Load published ABINet checkpoints (vision, language, or both in one file) into the prior.
 
-    Where that is a CRNN, load one CRNN checkpoint, published or of ours. Nothing is copied unless
-    every file fits. Raises CheckpointError.
+    Where that is a CRNN, load one CRNN checkpoint, published or saved here. Nothing is copied
+    unless every file fits. Raises CheckpointError.
     """
     if not isinstance(model.prior, TextPrior):
         _load_crnn(model.prior, *paths)

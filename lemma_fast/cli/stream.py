@@ -155,7 +155,7 @@ class Stream:
             yield f"much wider than a word, and seen at {columns}x{rows}: cut a line into its words"
 
     def _same_format(self, found: str | None) -> bool:
-        """Whether a kept file's bytes suit the name they get: always, but for a name given."""
+        """Whether a kept file's bytes suit its name: always, unless the user gave the name."""
         wanted = {"jpg": ("JPEG", "MPO"), "png": ("PNG",), "webp": ("WEBP",)}[self.naming.form]
         return self.naming.file is None or found in wanted
 

@@ -1,4 +1,4 @@
-"""AdaFM compiled: what PyTorch has to know of `torch.ops.lemma_fast.adafm*`, and the public door.
+"""AdaFM compiled: what PyTorch has to know of `torch.ops.lemma_fast.adafm*`, and a call.
 
 The library that `csrc/` makes holds the schemas and the code for CPU and CUDA; here are the shapes
 of the results, the gradients, and the function that `ops.fused` offers. Importing this module loads

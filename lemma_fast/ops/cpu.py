@@ -1,4 +1,4 @@
-"""Operations in C++ for inference on the CPU, in fp32: csrc/ has the code, this module the doors.
+"""Operations in C++ for inference on the CPU, in fp32: csrc/ has the code, this module calls it.
 
 The module is a table of the six operations, `LEMMA(config, ops=cpu)`, and offers what a prepared
 model calls directly: operations that take weights packed once by a `pack_...` function. Nothing

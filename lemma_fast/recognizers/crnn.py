@@ -136,7 +136,7 @@ class CRNN(nn.Module):
 
 
 def load(checkpoint: str | Path, *, corrected: bool | None = None) -> CRNN:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading.
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading.
 
     `corrected` overrides what the checkpoint says about the normalisation of the input.
     """

@@ -229,7 +229,7 @@ def _published_paths() -> dict[str, str]:
 
 
 def load(checkpoint: str | Path, *, corrected: bool | None = None) -> MORAN:
-    """Open a checkpoint of ours or the published one, on the CPU, for reading.
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading.
 
     `corrected` overrides what the checkpoint says about the normalisation of the input.
     """

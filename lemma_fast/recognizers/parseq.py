@@ -276,7 +276,7 @@ class PARSeq(nn.Module):
 
 
 def load(checkpoint: str | Path) -> PARSeq:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     state, metadata = files.read_weights(checkpoint)
     config = PARSeqConfig()
     if metadata.get("recognizer") == PARSeq.name:

@@ -106,7 +106,7 @@ Reader = TypeVar("Reader", bound=PriorReader)
 
 
 def load(kind: type[Reader], checkpoint: str | Path) -> Reader:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     state, metadata = files.read_weights(checkpoint)
     if metadata.get("recognizer") == kind.name:
         model = kind(LemmaConfig.from_dict(json.loads(metadata["config"])))

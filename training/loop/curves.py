@@ -15,7 +15,7 @@ from lemma_fast.training.loop.folder import BOARD, CURVES, damaged
 
 
 class Curves:
-    """`metrics.csv` in long form, to which a resumed run adds without a seam, and TensorBoard.
+    """`metrics.csv` in long form, to which a resumed run appends, and TensorBoard.
 
     What lies past the step that a run resumes at is dropped. Raises SettingsError.
     """

@@ -24,8 +24,8 @@
 //
 // So two accumulators of neighbouring chunks of 8 outputs, narrowed to 16 bits, are A of the next
 // product: c[0], c[1] of the first are a[0], its c[2], c[3] a[1], and the second's a[2] and a[3].
-// Chains of convolutions need no shared memory but for the matrices. fp32 goes through tf32's mma
-// of 8 inputs, two for these 16; its inputs t and t + 4 are 2t and 2t + 1, in A and B alike.
+// Chains of convolutions need no shared memory except for the matrices. fp32 goes through tf32's
+// mma of 8 inputs, two for these 16; its inputs t and t + 4 are 2t and 2t + 1, in A and B alike.
 //
 // Which position a row is, is free: a lane's rows of all its tiles are neighbours in memory, read
 // in one access.
