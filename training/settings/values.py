@@ -18,6 +18,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from lemma_fast.outputs import reason
+
 Values = dict[str, Any]
 T = TypeVar("T")
 
@@ -199,9 +201,17 @@ def _parse(text: str, name: str) -> Any:
         value = yaml.safe_load(text)
     except Exception as error:
         # Besides YAMLError: dates, numbers and tags that PyYAML's own constructors stumble over.
-        raise SettingsError(f"{name} is not YAML: {error}") from error
+        raise SettingsError(f"{name} is not YAML: {_in_short(error)}") from error
     _check_plain(value, name, [], set())
     return value
+
+
+def _in_short(error: Exception) -> str:
+    """What PyYAML says in several lines, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return reason(error)
 
 
 def _check_plain(value: Any, name: str, above: list[int], checked: set[int]) -> None:
