@@ -24,6 +24,8 @@ Values = dict[str, Any]
 T = TypeVar("T")
 
 _DEEPEST = 20
+# Letters that no one uses.
+_STAND_IN = 0x10FE00
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 # Short forms of values for messages, also of those that contain themselves.
 _short = reprlib.Repr()
@@ -183,10 +185,18 @@ def override(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SettingsError(f"{text!r} is not KEY=VALUE, such as run.steps=1000")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        # The name of a file that is not UTF-8, which YAML cannot spell.
-        return key.split("."), value
-    return key.split("."), _parse(value, f"{text!r}: the value")
+    # Names of files that are not UTF-8, which YAML cannot spell: other letters stand in.
+    stand_in = {0xDC00 + byte: _STAND_IN + byte for byte in range(0x80, 0x100)}
+    parsed = _parse(value.translate(stand_in), f"{text!r}: the value")
+    return key.split("."), _respelled(parsed, {other: code for code, other in stand_in.items()})
+
+
+def _respelled(value: Any, letters: Mapping[int, int]) -> Any:
+    if isinstance(value, dict):
+        return {_respelled(k, letters): _respelled(item, letters) for k, item in value.items()}
+    if isinstance(value, list):
+        return [_respelled(item, letters) for item in value]
+    return value.translate(letters) if isinstance(value, str) else value
 
 
 def nested(keys: Sequence[str], value: Any) -> Values:

@@ -42,19 +42,22 @@ def damaged(folder: Path, kind: str, config: str | None) -> Path:
     return folder / "a.safetensors"
 
 
+def opened(kind: str, path: Path) -> None:
+    if kind == "prior":
+        weights.load_prior(LEMMA(tiny_config()), [path])
+    elif kind == "srcnn":
+        baselines.open_network(path)
+    else:
+        load_recognizer(kind, path)
+
+
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_damaged_config_is_said_of_the_file_that_carries_it(kind: str, tmp_path: Path) -> None:
-    network = LEMMA(tiny_config()) if kind == "prior" else None
     for config in (*DAMAGED, *SIZES[kind]):
         path = damaged(tmp_path, kind, config)
         said = f"^{re.escape(str(path))}: its config cannot be used: "
         with pytest.raises(CheckpointError, match=said) as caught:
-            if network is not None:
-                weights.load_prior(network, [path])
-            elif kind == "srcnn":
-                baselines.open_network(path)
-            else:
-                load_recognizer(kind, path)
+            opened(kind, path)
         assert "\n" not in str(caught.value)
 
 
