@@ -131,10 +131,10 @@ class Subset:
     labels: list[str]
     rows: dict[str, Row]
     skipped: int = 0
-    left_out: list[Skipped] = field(default_factory=list)
-    """The records that are not in the set, and why; `skipped` is how many."""
     gain: FloatArray = field(default_factory=lambda: np.empty(0))
     """PSNR of SR less that of bicubic, a crop; chooses what the contact sheet shows."""
+    left_out: list[Skipped] = field(default_factory=list)
+    """The records that are not in the set, and why; `skipped` is how many."""
 
 
 class Views(NamedTuple):
@@ -182,7 +182,7 @@ def measure(
     device = device_of(model)
     count = len(crops) if limit is None else min(limit, len(crops))
     rows = {row: Row(texts={reader: [] for reader in readers}) for row in ROWS}
-    subset = Subset(name, [], rows, len(crops.skipped), list(crops.skipped))
+    subset = Subset(name, [], rows, len(crops.skipped), left_out=list(crops.skipped))
     gains: list[FloatArray] = []
     known = known or {}
     with _evaluating(model), _saving(known):

@@ -66,7 +66,8 @@ def build(kind: type[T], values: Mapping[str, Any], at: str = "") -> T:
         if key not in names:
             near = difflib.get_close_matches(key, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-            raise SettingsError(f"unknown key {at}{key}; {hint}")
+            name = key if key.isprintable() else shown(key)
+            raise SettingsError(f"unknown key {at}{name}; {hint}")
     entries = {key: _convert(hints[key], value, f"{at}{key}") for key, value in values.items()}
     try:
         return kind(**entries)
@@ -185,6 +186,9 @@ def override(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SettingsError(f"{text!r} is not KEY=VALUE, such as run.steps=1000")
+    not_text = any("\ud800" <= letter <= "\udfff" for letter in value)
+    if not_text and not value.startswith(("[", "{")):
+        return key.split("."), value
     # Names of files that are not UTF-8, which YAML cannot spell: other letters stand in.
     stand_in = {0xDC00 + byte: _STAND_IN + byte for byte in range(0x80, 0x100)}
     parsed = _parse(value.translate(stand_in), f"{text!r}: the value")
