@@ -27,13 +27,15 @@ def check_output(
     inputs: Iterable[str | Path] = (),
     endings: tuple[str, ...] = (),
     made_here: Callable[[Path], bool] | None = None,
+    way_out: str = "--overwrite replaces it",
 ) -> None:
     """Raise OutputError unless `path` may be written and can be; leaves nothing behind.
 
     `option` is how the user named it, such as "-o", for the message. `inputs` are the files that
     are read. `endings`, in lower case, are those that the name may have; capitals count as the
     same. A file that is there is replaced with `overwrite` alone, or where `made_here` says that an
-    earlier run of this command wrote it; that is not asked of a link.
+    earlier run of this command wrote it; that is not asked of a link. `way_out` ends the message
+    about it.
     """
     name = f"{option} {path}" if option else str(path)
     if endings and path.suffix.lower() not in endings:
@@ -47,7 +49,7 @@ def check_output(
             own = made_here is not None and not path.is_symlink() and made_here(path)
             if not overwrite and not own:
                 kind = "exists and is a link" if path.is_symlink() else "exists"
-                raise OutputError(f"{name} {kind}; --overwrite replaces it")
+                raise OutputError(f"{name} {kind}; {way_out}")
         if not os.path.isdir(path.parent):
             raise OutputError(f"{name}: there is no folder {path.parent}")
         _try_to_write(path.parent)

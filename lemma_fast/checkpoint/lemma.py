@@ -25,6 +25,7 @@ from lemma_fast.checkpoint.files import (
     CheckpointError,
     check_fit,
     config_from_json,
+    config_of,
     is_safetensors,
     listed,
     load_strictly,
@@ -219,7 +220,8 @@ def _load_crnn(prior: CRNNPrior, *paths: str | Path) -> None:
         raise CheckpointError(f"a CRNN is one file, not {len(paths)}")
     state, metadata = read_weights(paths[0])
     if metadata.get("recognizer") == CRNN.name:
-        theirs = config_from_json(CRNNConfig, metadata["config"])
+        with config_of(paths[0]):
+            theirs = config_from_json(CRNNConfig, metadata["config"])
         if theirs != prior.config.crnn:
             raise CheckpointError(
                 f"{paths[0]}: a CRNN of other sizes: {theirs}; model.crnn is {prior.config.crnn}"

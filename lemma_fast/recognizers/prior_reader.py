@@ -109,7 +109,8 @@ def load(kind: type[Reader], checkpoint: str | Path) -> Reader:
     """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     state, metadata = files.read_weights(checkpoint)
     if metadata.get("recognizer") == kind.name:
-        model = kind(LemmaConfig.from_dict(json.loads(metadata["config"])))
+        with files.config_of(checkpoint):
+            model = kind(LemmaConfig.from_dict(json.loads(metadata["config"])))
         files.load_strictly(model, state, str(checkpoint))
     else:
         model = kind()

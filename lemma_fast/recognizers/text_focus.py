@@ -326,7 +326,8 @@ def load(checkpoint: str | Path) -> TextFocus:
     """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     state, metadata = files.read_weights(checkpoint)
     if metadata.get("recognizer") == TextFocus.name:
-        model = TextFocus(files.config_from_json(TextFocusConfig, metadata["config"]))
+        with files.config_of(checkpoint):
+            model = TextFocus(files.config_from_json(TextFocusConfig, metadata["config"]))
         files.load_strictly(model, state, str(checkpoint))
     else:
         model = TextFocus()

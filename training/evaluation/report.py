@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import math
-import tempfile
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from rich.table import Table
 
-from lemma_fast.atomic import replace_file
+from lemma_fast.atomic import replace_file, replacing
+from lemma_fast.outputs import check_folder, check_output, make_folder
 from lemma_fast.training.evaluation.evaluate import ROWS
 from lemma_fast.training.evaluation.summary import AVERAGE, Summary, Value
+from lemma_fast.training.evaluation.tables import one_line, readable
 
 _FILES = ("evaluation.json", "evaluation.md", "crops.png", "lengths.png")
+_TITLE, _MAKER = "# Evaluation", "lemma-fast evaluate"
+# How many records a table's foot names.
+_NAMED = 5
 
 
 def note(summary: Summary) -> str:
@@ -30,9 +34,19 @@ def note(summary: Summary) -> str:
         )
     else:
         how = "Images clamped and judged one by one, 95 % intervals by bootstrap over crops"
-    skipped = sum(summary.skipped.values())
-    damaged = f"; {skipped} damaged records left out" if skipped else ""
-    return f"{how}; average weighted by {summary.weighting}{damaged}."
+    return f"{how}; average weighted by {summary.weighting}{_left_out(summary)}."
+
+
+def _left_out(summary: Summary) -> str:
+    """How many records are not in the numbers, and the names of the first ones."""
+    count = sum(summary.skipped.values())
+    if not count:
+        return ""
+    # Without the folders, because a table is narrow.
+    names = [one_line(Path(r.id).name) for found in summary.left_out.values() for r in found]
+    shown = names[:_NAMED] + ([f"and {count - _NAMED} more"] if count > _NAMED else [])
+    noun = "record" if count == 1 else "records"
+    return f"; {count} damaged {noun} left out" + (f" ({', '.join(shown)})" if names else "")
 
 
 def cell(column: str, value: Value | None, interval: bool = True, signed: bool = False) -> str:
@@ -101,13 +115,17 @@ def _table(summary: Summary, columns: Sequence[str], intervals: bool, last: bool
 def markdown(summary: Summary, about: Mapping[str, Any]) -> str:
     """The table and what was measured."""
     titles = ["set (crops)", "row", *map(heading, summary.columns)]
-    text = ["# Evaluation", ""]
+    text = [_TITLE, ""]
     text += [f"- {name}: {value}" for name, value in about.items()]
     text += ["", note(summary), ""]
     text += [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
     # Names may hold the sign that ends a cell.
     rows = [[text.replace("|", "\\|") for text in line] for line in lines(summary)]
     text += [f"| {' | '.join(row)} |" for row in rows]
+    for name, records in summary.left_out.items():
+        if records:
+            text += ["", f"Left out of {name}:", ""]
+            text += [f"- {one_line(str(record))}" for record in records]
     return "\n".join(text) + "\n"
 
 
@@ -129,6 +147,10 @@ def as_json(summary: Summary, about: Mapping[str, Any]) -> str:
         "weighting": summary.weighting,
         "crops": summary.crops,
         "skipped": summary.skipped,
+        "left_out": {
+            name: [{"id": readable(r.id), "reason": readable(r.reason)} for r in records]
+            for name, records in summary.left_out.items()
+        },
         "results": {
             name: {row: rows(found) for row, found in table.items()}
             for name, table in summary.table.items()
@@ -167,33 +189,52 @@ def plot_lengths(summary: Summary, path: Path) -> None:
             panel.plot(list(counts), shares, marker="o", markersize=3, label=row)
         panel.set(title=reader, xlabel="characters", ylabel="word accuracy (%)", ylim=(0, 102))
         panel.legend(loc="upper right")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": _MAKER})
 
 
-def prepare(folder: Path, plot: bool) -> None:
-    """Make a folder for `write` and try it before the work; raises OSError or ImportError."""
+def prepare(
+    folder: Path, *, plot: bool, overwrite: bool = False, inputs: Iterable[str | Path] = ()
+) -> None:
+    """Judge before the work whether `write` can write; raises OutputError or ImportError.
+
+    A file that is there is replaced with `overwrite` alone, or where `write` made it.
+    """
     if plot:
         importlib.import_module("matplotlib")
-    if folder.is_file():
-        raise NotADirectoryError(errno.ENOTDIR, "is a file, and not a folder", str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder / name for name in _FILES):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder, and not a file", str(path))
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    check_folder(folder, "-o")
+    inputs = list(inputs)
+    for name in _FILES if os.path.isdir(folder) else ():
+        check_output(folder / name, "-o", overwrite=overwrite, inputs=inputs, made_here=_made_here)
+
+
+def _made_here(path: Path) -> bool:
+    """Whether an earlier `write` made the file."""
+    content = path.read_bytes()
+    if path.suffix == ".md":
+        return content.startswith(_TITLE.encode())
+    if path.suffix == ".png":
+        return content.startswith(b"\x89PNG") and f"Software\0{_MAKER}".encode() in content[:1024]
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"protocol", "results", "gain_over_bicubic"} <= found.keys()
 
 
 def write(
     folder: Path, summary: Summary, about: Mapping[str, Any], sheet: Image.Image
 ) -> list[Path]:
-    """Write `evaluation.json`, `.md`, `crops.png` and `lengths.png` into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `evaluation.json`, `.md`, `crops.png` and `lengths.png`, each whole, into a folder."""
+    make_folder(folder)
     paths = [folder / name for name in _FILES]
     replace_file(paths[0], as_json(summary, about))
     replace_file(paths[1], markdown(summary, about))
-    sheet.save(paths[2])
+    marked = PngImagePlugin.PngInfo()
+    marked.add_text("Software", _MAKER)
+    with replacing(paths[2]) as partial:
+        sheet.save(partial, "PNG", pnginfo=marked)
     if not summary.lengths:
         return paths[:3]
-    plot_lengths(summary, paths[3])
+    with replacing(paths[3]) as partial:
+        plot_lengths(summary, partial)
     return paths

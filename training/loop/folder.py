@@ -6,15 +6,17 @@ import fcntl
 import json
 import os
 import pickle
-import shutil
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lemma_fast.checkpoint.files import CheckpointError, read_metadata
+from lemma_fast.outputs import check_folder, check_output
 from lemma_fast.training.settings.schema import WEIGHTS, Settings, plain
 from lemma_fast.training.settings.values import SettingsError
 
@@ -24,6 +26,7 @@ CURVES = "metrics.csv"
 RESULT = "result.json"
 SETTINGS = "settings.json"
 BOARD = "tensorboard"
+RECORDS = "records.json"
 # What may differ between two chunks of one run without changing what is trained.
 _FREE = frozenset(
     {
@@ -37,6 +40,14 @@ _FREE = frozenset(
         "run.tensorboard",
     }
 )
+
+
+# How what a run writes begins.
+_STARTS = {
+    SETTINGS: rb'{\s*"stage":',
+    CURVES: b"step,name,value\n",
+    RECORDS: rb'{(}|"[0-9a-f]{64}": )',
+}
 
 
 @contextmanager
@@ -64,10 +75,37 @@ def locked(folder: Path) -> Iterator[None]:
 
 def clear(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for name in (SETTINGS, LAST, WEIGHTS, LAST_WEIGHTS, CURVES, RESULT):
+    for name in (SETTINGS, LAST, WEIGHTS, LAST_WEIGHTS, CURVES, RESULT, RECORDS):
         (folder / name).unlink(missing_ok=True)
-    if (folder / BOARD).is_dir():
-        shutil.rmtree(folder / BOARD)
+    for path in (folder / BOARD).glob("events.out.tfevents.*"):
+        path.unlink()
+    with suppress(OSError):
+        # Where something else is in it, it stays.
+        (folder / BOARD).rmdir()
+
+
+def check(folder: Path, restart: bool) -> None:
+    """Raise OutputError unless a run can write there and would replace only what a run made."""
+    check_folder(folder, "output")
+    if not os.path.isdir(folder) or ((folder / LAST).is_file() and not restart):
+        return
+    for name in (SETTINGS, CURVES, WEIGHTS, LAST_WEIGHTS, RECORDS):
+        check_output(
+            folder / name,
+            made_here=_made_here,
+            way_out="no run has written it: give this one a folder of its own, output=...",
+        )
+
+
+def _made_here(path: Path) -> bool:
+    """Whether a run wrote the file."""
+    if path.suffix == ".safetensors":
+        try:
+            return {"stage", "settings"} <= read_metadata(path).keys()
+        except CheckpointError:
+            return False
+    with path.open("rb") as file:
+        return re.match(_STARTS[path.name], file.read(100)) is not None
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
