@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lemma_fast.outputs import reason
+from lemma_fast.errors import reason
 
 Size = Literal["native", "x2"]
 Format = Literal["png", "jpg", "webp"]
@@ -175,7 +175,7 @@ def _stream(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
         return
     path = Path(source)
     try:
-        # A pipe or a device would block a reader for good.
+        # A pipe or a device would block a reader forever.
         if path.exists() and not path.is_file():
             raise ImageError("a folder" if path.is_dir() else "not a regular file")
         file = path.open("rb")

@@ -1,7 +1,10 @@
 """Every Triton kernel at the paper's sizes, and at a few others, as cases to compile.
 
 The cases are the launches that the operations make of tensors of those sizes, so they follow the
-kernels' signatures and launch tables. Use them in a process with TRITON_INTERPRET set.
+kernels' signatures and launch tables. Parameters have the types that the network gives them: fp32
+in training, where autocast casts, and the maps' in the accelerated network. So most cases are
+launches of tests/launches too, and compiled once for both. Use them in a process with
+TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ def _bigru(dtype: torch.dtype, train: bool) -> None:
 
     The vertical one differs in strides and length alone.
     """
-    weights = BiGRUWeights(*torch.nn.GRU(C, C // 2, bidirectional=True).parameters())
+    gru = torch.nn.GRU(C, C // 2, bidirectional=True)
+    weights = BiGRUWeights(*(gru if train else gru.to(dtype)).parameters())
     features = torch.zeros(N, C, H, W, dtype=dtype)
     if train:
         _gradients(fused.bigru(features.requires_grad_(), 3, weights))
@@ -44,7 +48,8 @@ def _sparse_cross_attention(dtype: torch.dtype, train: bool) -> None:
     def layer() -> CrossAttentionWeights:
         shapes = ((3 * C, C), (3 * C,), (C, C), (C,), (C,), (C,))
         shapes += ((C, C), (C,), (C, C), (C,), (C,), (C,))
-        return CrossAttentionWeights(*map(torch.zeros, shapes))
+        kept = torch.float32 if train else dtype
+        return CrossAttentionWeights(*(torch.zeros(shape, dtype=kept) for shape in shapes))
 
     # Two images are enough: no case depends on their number.
     selected = torch.zeros(2, K, C, dtype=dtype, requires_grad=train)
@@ -78,7 +83,8 @@ def _compress_select_of_most() -> None:
 def _gather_region(dtype: torch.dtype, images: int = N, train: bool = True) -> None:
     features = torch.zeros(images, C, H, W, dtype=dtype, requires_grad=True)
     weight = torch.zeros(C, C, 3, 3, dtype=dtype, requires_grad=True)
-    positions = torch.zeros(1, H * W, C).expand(images, -1, -1)
+    kept = torch.float32 if train else dtype
+    positions = torch.zeros(1, H * W, C, dtype=kept).expand(images, -1, -1)
     index = torch.arange(K, dtype=torch.int32).expand(images, K).contiguous()
     bias = torch.zeros(C, dtype=dtype, requires_grad=True)
     if train:

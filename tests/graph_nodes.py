@@ -4,7 +4,7 @@
 
 prints a table, and with --write changes budgets/graph_nodes.json, the budget. FakeTensors on "cuda"
 run the forward pass as a capture would, and every operator is logged. An operator is one kernel,
-but for those in `LAUNCHES`; a node of the graph is one launch. A call on the host (a copy from or
+except those in `LAUNCHES`; a node of the graph is one launch. A call on the host (a copy from or
 to it, a wait) is logged too; there may be none.
 """
 

@@ -9,7 +9,7 @@
 
 #include <tuple>
 
-#include "adafm/parameters.h"
+#include "adafm/binding.h"
 
 // torch's CUDA half has it; weak, so that the library loads where there is none.
 extern "C" __attribute__((weak)) AOTITorchError

@@ -22,7 +22,7 @@ from lemma_fast.checkpoint.files import plain_names, stored_tensors, unwrapped
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import Prior
-from lemma_fast.ops import Operations, cpu, extension
+from lemma_fast.ops import Operations, cpu, extension, reference
 from lemma_fast.ops.precision import tensor_cores
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -233,7 +233,7 @@ def training_operations(device: str) -> Operations:
     On `cuda` these are all six; on the `cpu` the adaptive fusion, in C++. Raises ImportError where
     what they need is missing, ValueError for another device.
     """
-    from lemma_fast.ops import fused, reference
+    from lemma_fast.ops import fused
 
     if device not in ("cuda", "cpu"):
         raise ValueError(f"training is accelerated on CUDA and the CPU, not on {device}")
@@ -248,12 +248,10 @@ def training_operations(device: str) -> Operations:
 
 def trainable(model: LEMMA) -> LEMMA:
     """Copy a network into one with the `training_operations` of its device."""
-    first = next(model.parameters())
-    copied = LEMMA(model.config, ops=training_operations(first.device.type))
-    copied.load_state_dict(stored_tensors(model))
+    copied = _copied(model, training_operations(next(model.parameters()).device.type))
     for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
-    return copied.to(first.device, first.dtype).train()
+    return copied.train()
 
 
 def recognized(model: nn.Module) -> LEMMA:
@@ -267,7 +265,9 @@ def recognized(model: nn.Module) -> LEMMA:
     if isinstance(inner, LEMMA):
         names = inner.state_dict().keys()
         # Parts of it may be wrapped too, and what is folded is found by names and types.
-        return inner if plain_names("", inner.state_dict()).keys() == names else _bare(inner)
+        if plain_names("", inner.state_dict()).keys() == names:
+            return inner
+        return _copied(inner).train(inner.training)
     try:
         found = from_published(inner.state_dict())
     except CheckpointError as error:
@@ -278,12 +278,12 @@ def recognized(model: nn.Module) -> LEMMA:
     return found.to(first.device, first.dtype)
 
 
-def _bare(model: LEMMA) -> LEMMA:
+def _copied(model: LEMMA, ops: Operations = reference) -> LEMMA:
     """Return a network with the same weights, without the wrappers around its parts."""
     first = next(model.parameters())
-    bare = LEMMA(model.config)
-    bare.load_state_dict(stored_tensors(model))
-    return bare.to(first.device, first.dtype).train(model.training)
+    copied = LEMMA(model.config, ops)
+    copied.load_state_dict(stored_tensors(model))
+    return copied.to(first.device, first.dtype)
 
 
 def make_plan(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Plan, str | None]:

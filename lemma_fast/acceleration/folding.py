@@ -1,7 +1,7 @@
 """What evaluation makes constant: batch norms folded into their neighbours, matrices of resizes.
 
 Everything is computed in fp64 and rounded once, by the layer that keeps it. SPEC section 7 lists
-the identities; each is exact but for rounding.
+the identities; each is exact except for rounding.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FoldedAdaFM(NamedTuple):
 
 
 def wide(x: Tensor) -> Tensor:
-    """A parameter in fp64, on the CPU, for good."""
+    """A copy of a parameter in fp64, on the CPU."""
     return x.detach().cpu().double()
 
 

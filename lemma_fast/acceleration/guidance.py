@@ -52,9 +52,7 @@ class FoldedGuidance(nn.Module):
             ]
         )
         self.slopes = [plan.keep(act.weight.detach()) for act in (expansion.act1, expansion.act2)]
-        self.region = Conv(conv(guidance.pixel_to_region), plan)
         self.positions = plan.keep(guidance.positions)
-        self.resize = make_resize(config, plan)
 
         grid = config.prior.reduction
         h, w = 2 * config.height // grid, 2 * config.width // grid
@@ -89,6 +87,8 @@ class FoldedGuidance(nn.Module):
                 for modules in (to_text, to_image)
             ]
             return
+        self.resize = make_resize(config, plan)
+        self.region = Conv(conv(guidance.pixel_to_region), plan)
         self.to_text_queries = nn.ModuleList(Product(projections(m, 0, 1), plan) for m in to_text)
         self.to_text = nn.ModuleList(Heads(layer, plan) for layer in to_text)
         self.seen = Product(stack([projections(layer, 1, 3) for layer in to_text]), plan)

@@ -15,6 +15,7 @@ from lemma_fast.baselines.config import NOT_IMPLEMENTED, BaselineConfig, check_n
 from lemma_fast.baselines.networks import Baseline, build_baseline, create_baseline
 from lemma_fast.checkpoint.files import (
     CheckpointError,
+    config_of,
     is_safetensors,
     load_strictly,
     read_metadata,
@@ -47,10 +48,8 @@ def load_baseline(path: str | Path, device: str | torch.device = "cpu") -> Basel
     state, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    try:
+    with config_of(path):
         model = build_baseline(BaselineConfig(**json.loads(metadata["config"])))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its config cannot be used: {error}") from error
     if checkpoint.digest(state) != metadata.get("sha256"):
         raise CheckpointError(f"{path}: damaged, its tensors are not those that were written")
     load_strictly(model, state, str(path))

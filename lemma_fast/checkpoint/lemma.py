@@ -25,6 +25,7 @@ from lemma_fast.checkpoint.files import (
     CheckpointError,
     check_fit,
     config_from_json,
+    config_of,
     is_safetensors,
     listed,
     load_strictly,
@@ -39,9 +40,9 @@ from lemma_fast.checkpoint.files import (
 from lemma_fast.checkpoint.locate import locate
 from lemma_fast.checkpoint.published import extra_tables, infer_config, name_map, published_name
 from lemma_fast.config import CRNNConfig, LemmaConfig
+from lemma_fast.errors import reason
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import TextPrior
-from lemma_fast.outputs import reason
 from lemma_fast.recognizers.crnn import CRNN
 
 if TYPE_CHECKING:
@@ -67,8 +68,9 @@ CONFIG_KEY = "lemma_fast_config"
 def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
     """Load a network in evaluation mode.
 
-    `source` is a packaged name ("small"), a `.safetensors` of ours, a published `.pth`, a folder
-    written by `save_pretrained`, or a Hugging Face Hub id ("owner/name"). Raises CheckpointError.
+    `source` is a packaged name ("small"), a `.safetensors` that `save` wrote, a published `.pth`, a
+    folder that `save_pretrained` wrote, or a Hugging Face Hub id ("owner/name"). Raises
+    CheckpointError.
     """
     path = locate(source)
     if is_safetensors(path):
@@ -102,7 +104,7 @@ def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = 
 
 
 def verify(path: str | Path) -> str:
-    """Check a safetensors file of ours against the digest it carries; returns the digest."""
+    """Check a file that `save` wrote against the digest it carries; returns the digest."""
     path = Path(path)
     state, metadata = read_safetensors(path)
     return _check_digest(path, state, metadata)
@@ -192,8 +194,8 @@ def _from_published_names(
 def load_prior(model: LEMMA, *paths: str | Path) -> None:
     """Load published ABINet checkpoints (vision, language, or both in one file) into the prior.
 
-    Where that is a CRNN, load one CRNN checkpoint, published or of ours. Nothing is copied unless
-    every file fits. Raises CheckpointError.
+    Where that is a CRNN, load one CRNN checkpoint, published or saved here. Nothing is copied
+    unless every file fits. Raises CheckpointError.
     """
     if not isinstance(model.prior, TextPrior):
         _load_crnn(model.prior, *paths)
@@ -218,7 +220,8 @@ def _load_crnn(prior: CRNNPrior, *paths: str | Path) -> None:
         raise CheckpointError(f"a CRNN is one file, not {len(paths)}")
     state, metadata = read_weights(paths[0])
     if metadata.get("recognizer") == CRNN.name:
-        theirs = config_from_json(CRNNConfig, metadata["config"])
+        with config_of(paths[0]):
+            theirs = config_from_json(CRNNConfig, metadata["config"])
         if theirs != prior.config.crnn:
             raise CheckpointError(
                 f"{paths[0]}: a CRNN of other sizes: {theirs}; model.crnn is {prior.config.crnn}"

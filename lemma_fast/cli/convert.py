@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from lemma_fast.cli.exits import fail, interruptible, misused, say
-from lemma_fast.outputs import OutputError, check_output, reason
+from lemma_fast.errors import reason
+from lemma_fast.outputs import OutputError, check_output
 
 
 def convert(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import typer
 
 from lemma_fast.cli.exits import say
-from lemma_fast.outputs import reason
+from lemma_fast.errors import reason
 
 PACKAGES = ("numpy", "pillow", "safetensors", "huggingface_hub")
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, get_args
 
-from lemma_fast.atomic import make_folder, replacing
+from lemma_fast.atomic import replacing
 from lemma_fast.cli.exits import misused
-from lemma_fast.cli.inputs import STDIN, Inputs, Outcome, Status
+from lemma_fast.cli.inputs import STDIN, Inputs
+from lemma_fast.cli.results import Outcome, Status
+from lemma_fast.errors import reason
 from lemma_fast.images import image_suffixes
-from lemma_fast.outputs import check_output, is_stream, reason
+from lemma_fast.outputs import check_output, is_stream, make_folder
 
 if TYPE_CHECKING:
     from lemma_fast.recognizers import Reading

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from lemma_fast.cli.exits import printable
-from lemma_fast.cli.inputs import STDIN, Inputs, Outcome
+from lemma_fast.cli.inputs import STDIN, Inputs
 from lemma_fast.cli.jsonl import Lines
+from lemma_fast.cli.results import Outcome
 
 # Of a whole folder that is skipped or kept, so many names are enough; the rest is counted.
 _NAMES_SHOWN = 10

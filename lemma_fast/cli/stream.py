@@ -26,10 +26,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lemma_fast import compare, images
-from lemma_fast.atomic import make_folder, replace_file, replacing
-from lemma_fast.cli.inputs import Inputs, Naming, Outcome, Source, real
+from lemma_fast.atomic import replace_file, replacing
+from lemma_fast.cli.inputs import Inputs, Source, real
+from lemma_fast.cli.results import Naming, Outcome
+from lemma_fast.errors import reason
 from lemma_fast.images import Frame, ImageError, Size
-from lemma_fast.outputs import OutputError, check_folder, reason
+from lemma_fast.outputs import OutputError, check_folder, make_folder
 from lemma_fast.recognizers import Recognizer
 from lemma_fast.upscale import Upscaled, Upscaler
 
@@ -153,7 +155,7 @@ class Stream:
             yield f"much wider than a word, and seen at {columns}x{rows}: cut a line into its words"
 
     def _same_format(self, found: str | None) -> bool:
-        """Whether a kept file's bytes suit the name they get: always, but for a name given."""
+        """Whether a kept file's bytes suit its name: always, unless the user gave the name."""
         wanted = {"jpg": ("JPEG", "MPO"), "png": ("PNG",), "webp": ("WEBP",)}[self.naming.form]
         return self.naming.file is None or found in wanted
 

@@ -201,8 +201,9 @@ def upscale(
     _check(paths, output, suffix, compare, read, jsonl, quiet, verbose)
     # Torch takes a second, and a network more: what is asked wrongly is said before.
     from lemma_fast.cli import jsonl as lines
-    from lemma_fast.cli.inputs import Inputs, Naming
+    from lemma_fast.cli.inputs import Inputs
     from lemma_fast.cli.report import Report
+    from lemma_fast.cli.results import Naming
 
     try:
         naming = Naming.chosen(paths, output, suffix, form)
@@ -308,7 +309,7 @@ def _standard_input(paths: list[str]) -> bytes | None:
 def _report_absence(inputs: Inputs, report: Report, jsonl: str | None) -> None:
     """Report inputs of which none is there."""
     from lemma_fast.cli import jsonl as lines
-    from lemma_fast.cli.inputs import Outcome
+    from lemma_fast.cli.results import Outcome
 
     try:
         with lines.opened(jsonl) as report.jsonl:

@@ -124,5 +124,5 @@ class MATRN(PriorReader):
 
 
 def load(checkpoint: str | Path) -> MATRN:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     return prior_reader.load(MATRN, checkpoint)

@@ -25,7 +25,7 @@ from lemma_fast.recognizers.charset import FOCUS
 
 #: Rows of the position table in the published checkpoint, where it is stored.
 _PUBLISHED_POSITIONS = 5000
-#: Rows of ours, which is computed: far more than the longest word.
+#: Rows of our own table, which is computed: far more than the longest word.
 _POSITIONS = 256
 
 #: Layers that the published network owns and never calls; here they would only break DDP.
@@ -323,10 +323,11 @@ class TextFocus(nn.Module):
 
 
 def load(checkpoint: str | Path) -> TextFocus:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     state, metadata = files.read_weights(checkpoint)
     if metadata.get("recognizer") == TextFocus.name:
-        model = TextFocus(files.config_from_json(TextFocusConfig, metadata["config"]))
+        with files.config_of(checkpoint):
+            model = TextFocus(files.config_from_json(TextFocusConfig, metadata["config"]))
         files.load_strictly(model, state, str(checkpoint))
     else:
         model = TextFocus()

@@ -59,6 +59,9 @@ class Skipped:
     id: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.id}: {self.reason}"
+
 
 def with_mask(image: Tensor) -> Tensor:
     """RGB uint8 [..., 3, H, W] to float32 [..., 4, H, W] in [0, 1], on the same device.
@@ -133,18 +136,19 @@ class PairDataset(Dataset[Crop]):
             lr, hr, labels, ids = self._memory
             at = torch.as_tensor(places, dtype=torch.long)
             return lr[at], hr[at], [labels[i] for i in places], [ids[i] for i in places]
-        pairs = [self.pair(place) for place in places]
-        return (
-            _stacked([pair.lr for pair in pairs]),
-            _stacked([pair.hr for pair in pairs]),
-            [pair.label for pair in pairs],
-            [pair.id for pair in pairs],
-        )
+        lr, hr, labels, ids = zip(*(self.pair(place) for place in places), strict=True)
+        return _stacked(lr), _stacked(hr), list(labels), list(ids)
 
     def check(self) -> list[Skipped]:
         """Decode every record, leave out those that fail, and return all that is left out."""
         self._load(keep_images=False)
         return self.skipped
+
+    def leave_out(self, damaged: Sequence[Skipped]) -> None:
+        """Leave out records that are known to be damaged."""
+        names = {record.id for record in damaged}
+        self._keep([i for i in range(len(self)) if self.record_id(i) not in names])
+        self.skipped += damaged
 
     def load(self) -> PairDataset:
         """Keep the whole set in memory as uint8, 7.7 KB a crop; what fails is left out."""
@@ -154,9 +158,7 @@ class PairDataset(Dataset[Crop]):
 
     def _prepare(self, check: Check, cache: Cache) -> None:
         if cache not in ("none", "ram") or check not in ("keys", "decode"):
-            raise ValueError(
-                f"cache is none or ram, check keys or decode; not {cache!r}, {check!r}"
-            )
+            raise ValueError(f"cache {cache!r} or check {check!r}: none or ram, keys or decode")
         if cache == "ram":
             self.load()
         elif check == "decode":
@@ -396,5 +398,5 @@ def _planes(image: Bytes) -> Tensor:
     return torch.from_numpy(np.array(image.transpose(2, 0, 1)))
 
 
-def _stacked(images: list[Bytes]) -> Tensor:
+def _stacked(images: Sequence[Bytes]) -> Tensor:
     return torch.stack([_planes(image) for image in images])

@@ -12,7 +12,14 @@ from torch import nn
 
 from lemma_fast import baselines, checkpoint
 from lemma_fast.baselines import Baseline
-from lemma_fast.checkpoint.files import config_to_json, load_strictly, read_weights, save_weights
+from lemma_fast.checkpoint.files import (
+    config_of,
+    config_to_json,
+    is_safetensors,
+    load_strictly,
+    read_weights,
+    save_weights,
+)
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.crnn_prior import CRNNPrior
@@ -96,15 +103,17 @@ def load_prior(network: LEMMA, paths: Sequence[Path]) -> None:
     """
     if missing := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(2, "no such file", str(missing[0]))
-    if len(paths) != 1 or paths[0].suffix != ".safetensors":
+    if len(paths) != 1 or not is_safetensors(paths[0]):
         checkpoint.load_prior(network, *paths)
         return
     (path,) = paths
     state, metadata = read_weights(path)
     if metadata.get("format") == PRIOR_FORMAT:
+        with config_of(path):
+            carried = LemmaConfig.from_dict(json.loads(metadata["config"]))
         theirs, wanted = (
             (config.text_prior, config.crnn if config.text_prior == "crnn" else config.prior)
-            for config in (LemmaConfig.from_dict(json.loads(metadata["config"])), network.config)
+            for config in (carried, network.config)
         )
         if theirs != wanted:
             raise SettingsError(

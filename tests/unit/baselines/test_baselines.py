@@ -22,10 +22,10 @@ from lemma_fast.baselines import (
 from lemma_fast.training.cli import app
 from lemma_fast.training.data.batches import EncodedCrops, split
 from lemma_fast.training.data.pairs import TextZoomDataset
-from lemma_fast.training.evaluation import report
+from lemma_fast.training.evaluation.contact_sheet import contact_sheet
 from lemma_fast.training.evaluation.evaluate import measure, open_readers
+from lemma_fast.training.loop.curves import read_curves
 from lemma_fast.training.loop.fit import fit
-from lemma_fast.training.loop.folder import read_curves
 from lemma_fast.training.loop.stages import RestorationStage
 from lemma_fast.training.losses.lemma import gradient_profile, gradient_profile_loss
 from lemma_fast.training.networks import device_of, super_resolve
@@ -273,9 +273,9 @@ def test_a_baseline_is_evaluated_like_lemma(tmp_path):
     model = create_baseline("srcnn", channels=8, in_channels=3)
     subset = measure(model, "set", crops, {})
     assert subset.rows["SR"].psnr != pytest.approx(subset.rows["bicubic"].psnr)
-    sheet = report.contact_sheet(model, [subset], [crops], {})
+    sheet = contact_sheet(model, [subset], [crops], {})
     lemma = LEMMA(stage_of(write_config(tmp_path), "lemma").lemma_config())
-    theirs = report.contact_sheet(lemma, [measure(lemma, "set", crops, {})], [crops], {})
+    theirs = contact_sheet(lemma, [measure(lemma, "set", crops, {})], [crops], {})
     # One column, the attention, is LEMMA's alone.
     assert sheet.height == theirs.height
     assert sheet.width < theirs.width

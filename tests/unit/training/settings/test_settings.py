@@ -246,3 +246,26 @@ def test_names_of_files_need_not_be_utf8(tmp_path):
     chosen = stage_of(write_config(tmp_path), "lemma", f"output={name}", f"data.train={name}/a: b")
     assert chosen.output == name
     assert chosen.data.train == (f"{name}/a: b",)
+    chosen = stage_of(tmp_path / "tiny.yaml", "lemma", f"data.train=[{name}, b, '{name}: c']")
+    assert chosen.data.train == (name, "b", f"{name}: c")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run: {steps: 3", "line 1, column 15"),
+        ("run:\n\tsteps: 3", "line 2, column 1"),
+        ("a: \x02", "#x0002"),
+        ("a: !!python/object:os.x {}", "line 1, column 4"),
+        ("a: [b\nc: d", "line 2"),
+    ],
+)
+def test_what_is_not_yaml_is_said_in_one_line(tmp_path, text, said):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=f"broken.yaml is not YAML: .*{said}") as caught:
+        choose(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SettingsError, match="is not YAML") as caught:
+        choose("small-synthetic", "all", [f"data={text}"])
+    assert "\n" not in str(caught.value)
