@@ -6,13 +6,15 @@ import pytest
 import recognizer_fill
 import torch
 import torch.nn.functional as F
-from baseline_fill import Step, assert_near, check_fill, golden, published_state, step
+from baseline_fill import Step, assert_near, check_fill, golden, in_training, published_state, step
 from recognizer_fill import images
 from torch import nn
 
 from lemma_fast.baselines import TATT, build_baseline, from_published
 from lemma_fast.checkpoint.files import load_strictly
 from lemma_fast.recognizers import CRNN, TextFocus
+from lemma_fast.training.data.labels import encode_focus_labels
+from lemma_fast.training.losses import LemmaLoss, LossWeights
 
 LABELS = ["classics", "hokkaido", "a", "42nd"]
 
