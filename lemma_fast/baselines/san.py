@@ -1,45 +1,34 @@
 """SAN: Dai et al., Second-order Attention Network for Single Image Super-Resolution.
 
-The network of the TextZoom repositories, which differs from the authors' by leaving the mean shift
-out; with `mean_shift` it is the authors'.
+The network as PCAN's repository has it for TextZoom: the authors' own also moves colours by the
+mean of their photographs.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lemma_fast.baselines.base import Baseline
 from lemma_fast.baselines.config import BaselineConfig
-from lemma_fast.baselines.networks import Baseline
-from lemma_fast.baselines.rcan import ChannelGate, MeanShift
+from lemma_fast.baselines.published import Published
+from lemma_fast.baselines.rcan import ChannelGate
+from lemma_fast.checkpoint.published import Shapes
 
-#: Our modules and the published ones.
-MODULES = """
-subtract_mean                  sub_mean
-add_mean                       add_mean
-head                           head.0
-gamma                          gamma
-regions.query                  non_local.non_local.theta
-regions.key                    non_local.non_local.phi.0
-regions.value                  non_local.non_local.g.0
-regions.out                    non_local.non_local.W
-groups.<g>.blocks.<b>.conv1    RG.<g>.rcab.<b>.conv_first.0
-groups.<g>.blocks.<b>.conv2    RG.<g>.rcab.<b>.conv_first.2
-groups.<g>.gate.reduce         RG.<g>.soca.conv_du.0
-groups.<g>.gate.restore        RG.<g>.soca.conv_du.2
-groups.<g>.tail                RG.<g>.conv_last
-expand                         tail.0.0
-project                        tail.1
-"""
-#: Layers that the published network owns and never calls; the mean shifts too, where they are off.
-UNUSED = """
-conv_last                      64x64x3x3
-non_local.soca.conv_du.0       8x64x1x1
-non_local.soca.conv_du.2       64x8x1x1
-RG.<g>.gamma                   1
-"""
 _SQUARE_ROOT_STEPS = 5
+
+
+def _sizes(shapes: Shapes) -> dict[str, float]:
+    channels, in_channels = shapes.of("head.0.weight", 2)[:2]
+    return {
+        "in_channels": in_channels,
+        "channels": channels,
+        "groups": shapes.count("RG.{}.conv_last.weight"),
+        "blocks": shapes.count("RG.0.rcab.{}.conv_first.0.weight"),
+    }
 
 
 class Block(nn.Module):
@@ -57,10 +46,10 @@ class Block(nn.Module):
 class SourceGroup(nn.Module):
     """Blocks, second-order channel attention, a convolution, and the sum with the input (LSRAG)."""
 
-    def __init__(self, channels: int, blocks: int, reduction: int) -> None:
+    def __init__(self, channels: int, blocks: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block(channels) for _ in range(blocks)))
-        self.gate = ChannelGate(channels, reduction)
+        self.gate = ChannelGate(channels)
         self.tail = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -110,33 +99,49 @@ class SAN(Baseline):
     """SAN, 20 groups of 10 blocks: no prior, no batch norm, no bounds on what comes out.
 
     Each group's output is added to `gamma` times the first attention's, one number that starts at
-    0. `config.subsample` is RegionAttention's, `config.mean_shift` and `config.rgb_range` RCAN's.
+    0. `config.corrected` leaves the sub-sampling of RegionAttention out.
     """
+
+    published: ClassVar[Published] = Published(
+        repository="github.com/Shualite/PCAN",
+        signature="non_local.non_local.theta.weight",
+        modules="""
+head                           head.0
+gamma                          gamma
+regions.query                  non_local.non_local.theta
+regions.key                    non_local.non_local.phi.0
+regions.value                  non_local.non_local.g.0
+regions.out                    non_local.non_local.W
+groups.<g>.blocks.<b>.conv1    RG.<g>.rcab.<b>.conv_first.0
+groups.<g>.blocks.<b>.conv2    RG.<g>.rcab.<b>.conv_first.2
+groups.<g>.gate.reduce         RG.<g>.soca.conv_du.0
+groups.<g>.gate.restore        RG.<g>.soca.conv_du.2
+groups.<g>.tail                RG.<g>.conv_last
+expand                         tail.0.0
+project                        tail.1
+""",
+        sizes=_sizes,
+        unused=r"((sub|add)_mean|conv_last|non_local\.soca)\..*|RG\.\d+\.gamma",
+    )
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
         channels, inputs = config.channels, config.in_channels
-        self.subtract_mean = MeanShift(-1, config.rgb_range) if config.mean_shift else None
-        self.add_mean = MeanShift(1, config.rgb_range) if config.mean_shift else None
         self.head = nn.Conv2d(inputs, channels, 3, padding=1)
-        self.regions = RegionAttention(channels, config.subsample)
-        self.groups = nn.ModuleList(
-            SourceGroup(channels, config.blocks, config.reduction) for _ in range(config.groups)
-        )
+        self.regions = RegionAttention(channels, subsample=not config.corrected)
+        groups = (SourceGroup(channels, config.blocks) for _ in range(config.groups))
+        self.groups = nn.ModuleList(groups)
         self.gamma = nn.Parameter(torch.zeros(1))
         self.expand = nn.Conv2d(channels, 4 * channels, 3, padding=1)
         self.shuffle = nn.PixelShuffle(2)
         self.project = nn.Conv2d(channels, inputs, 3, padding=1)
 
     def upscale(self, lr: Tensor) -> Tensor:
-        scaled = lr * self.config.rgb_range
-        shallow = self.head(scaled if self.subtract_mean is None else self.subtract_mean(scaled))
+        shallow = self.head(lr)
         source = features = self.regions(shallow)
         for group in self.groups:
             features = group(features) + self.gamma * source
-        features = shallow + self.regions(features)
-        sr = self.project(self.shuffle(self.expand(features)))
-        return (sr if self.add_mean is None else self.add_mean(sr)) / self.config.rgb_range
+        return self.project(self.shuffle(self.expand(shallow + self.regions(features))))
 
 
 def covariance(features: Tensor) -> Tensor:
