@@ -1,32 +1,36 @@
-"""What LEMMA is compared with (the paper's Table 3), as far as it is small and fully described.
+"""What LEMMA is compared with: the networks of the paper's Table 3.
 
     model = create_baseline("srresnet")                  # the paper's sizes, untrained
     sr = model(lr)                                       # [N, 4, 16, 64] to [N, 4, 32, 128]
     model = open_network("runs/small/srresnet/best.safetensors")    # or a LEMMA, or "bicubic"
+    model = open_network("tatt.pth", text_prior="crnn.pth")         # published checkpoints
 
 All take the three colours, or four channels with LEMMA's mask, and double both sides.
 """
 
+from lemma_fast.baselines.base import Baseline
+from lemma_fast.baselines.bicubic import Bicubic
 from lemma_fast.baselines.config import (
     NOT_IMPLEMENTED,
     BaselineConfig,
     check_name,
     list_baselines,
 )
-from lemma_fast.baselines.files import load_baseline, open_network, save_baseline
-from lemma_fast.baselines.networks import (
-    SRCNN,
-    TSRN,
-    Baseline,
-    Bicubic,
-    SRResNet,
-    build_baseline,
-    create_baseline,
-)
+from lemma_fast.baselines.files import from_published, load_baseline, open_network, save_baseline
+from lemma_fast.baselines.pcan import PCAN
+from lemma_fast.baselines.registry import build_baseline, create_baseline
+from lemma_fast.baselines.srcnn import SRCNN
+from lemma_fast.baselines.srresnet import SRResNet
+from lemma_fast.baselines.tatt import TATT
+from lemma_fast.baselines.tbsrn import TBSRN
+from lemma_fast.baselines.tsrn import TSRN
 
 __all__ = [
     "NOT_IMPLEMENTED",
+    "PCAN",
     "SRCNN",
+    "TATT",
+    "TBSRN",
     "TSRN",
     "Baseline",
     "BaselineConfig",
@@ -35,6 +39,7 @@ __all__ = [
     "build_baseline",
     "check_name",
     "create_baseline",
+    "from_published",
     "list_baselines",
     "load_baseline",
     "open_network",

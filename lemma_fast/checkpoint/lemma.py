@@ -74,12 +74,19 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
     if is_safetensors(path):
         model = _load_ours(path)
     else:
-        try:
-            content = unpickled(path)
-            model = from_published(named_tensors(path, content), _carried_config(content))
-        except (ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
-            raise CheckpointError(_prefixed(path, error)) from error
+        model = open_published(path, unpickled(path))
     return model.to(device).eval()
+
+
+def open_published(path: Path, content: object) -> LEMMA:
+    """The network of a published checkpoint, of which `content` is unpickled.
+
+    Raises CheckpointError that begins with `path`.
+    """
+    try:
+        return from_published(named_tensors(path, content), _carried_config(content))
+    except (ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(_prefixed(path, error)) from error
 
 
 def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.checkpoint import files
-from lemma_fast.model.layers import ConvNorm, sinusoid
+from lemma_fast.model.layers import ConvNorm, DeviationNorm, MappedAttention, sinusoid
 from lemma_fast.recognizers import base
 from lemma_fast.recognizers.charset import FOCUS
 
@@ -146,68 +146,18 @@ class _Encoder(nn.Module):
         return out
 
 
-class _Norm(nn.Module):
-    """Layer normalisation by the unbiased deviation, with eps added to the deviation itself.
-
-    Not nn.LayerNorm: that one divides by sqrt(biased variance + eps).
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.shift = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return self.scale * centred / (x.std(-1, keepdim=True) + 1e-6) + self.shift
-
-
-class _Attention(nn.Module):
-    """Multi-head attention that also returns its map, before dropout."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def split(self, x: Tensor) -> Tensor:
-        """Turn (N, L, width) into (N, heads, L, width / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def memory(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of `tokens`, to be used for any number of queries."""
-        return self.split(self.key(tokens)), self.split(self.value(tokens))
-
-    def forward(
-        self, x: Tensor, memory: tuple[Tensor, Tensor], visible: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Attend from `x` (N, T, width); `visible` (T, L) bool is what each row may see."""
-        keys, values = memory
-        query = self.split(self.query(x))
-        scores = query @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -math.inf)
-        weights = scores.softmax(-1)
-        mixed = (self.dropout(weights) @ values).transpose(1, 2).flatten(2)
-        return self.out(mixed), weights
-
-
 class _Decoder(nn.Module):
     """Causal self-attention, attention to the image, feed-forward; each followed by a norm."""
 
     def __init__(self, config: TextFocusConfig) -> None:
         super().__init__()
         width = config.width
-        self.self_attention = _Attention(width, config.heads, config.dropout)
-        self.image_attention = _Attention(width, config.heads, config.dropout)
+        self.self_attention = MappedAttention(width, config.heads, config.dropout)
+        self.image_attention = MappedAttention(width, config.heads, config.dropout)
         self.expand = nn.Linear(width, config.hidden)
         self.contract = nn.Linear(config.hidden, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.norms = nn.ModuleList([_Norm(width) for _ in range(3)])
+        self.norms = nn.ModuleList([DeviationNorm(width) for _ in range(3)])
 
     def forward(self, x: Tensor, memory: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         T = x.shape[1]

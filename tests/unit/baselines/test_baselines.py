@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from lemma_fast import LEMMA, CheckpointError, checkpoint
 from lemma_fast.baselines import (
+    NOT_IMPLEMENTED,
     BaselineConfig,
     create_baseline,
     list_baselines,
@@ -19,6 +20,7 @@ from lemma_fast.baselines import (
     open_network,
     save_baseline,
 )
+from lemma_fast.config import CRNNConfig
 from lemma_fast.training.cli import app
 from lemma_fast.training.data.batches import EncodedCrops, split
 from lemma_fast.training.data.pairs import TextZoomDataset
@@ -30,11 +32,16 @@ from lemma_fast.training.loop.stages import RestorationStage
 from lemma_fast.training.losses.lemma import gradient_profile, gradient_profile_loss
 from lemma_fast.training.networks import device_of, super_resolve
 
+CRNN_SIZES = CRNNConfig((4, 4, 4, 4, 8, 8, 8), hidden=8)
 SMALL = {
     "bicubic": {},
     "srcnn": {"channels": 8},
     "srresnet": {"channels": 8, "blocks": 1},
     "tsrn": {"channels": 8, "blocks": 1},
+    "tbsrn": {"channels": 8, "blocks": 1},
+    "pcan": {"channels": 8, "blocks": 2},
+    "tg": {"channels": 8, "blocks": 1},
+    "tatt": {"channels": 8, "blocks": 1, "crnn": CRNN_SIZES},
 }
 
 
@@ -96,7 +103,7 @@ def test_tsrn_is_rectified_in_training_alone():
 
 
 def test_what_is_not_there_is_named():
-    for name in ("rcan", "san", "tbsrn", "pcan", "tg", "tatt", "c3-stisr", "TATT"):
+    for name in (*NOT_IMPLEMENTED, "C3-STISR"):
         with pytest.raises(ValueError, match=f"'{name}' is not implemented; there are bicubic, sr"):
             create_baseline(name)
     with pytest.raises(ValueError, match="no baseline 'edsr'; there are bicubic, srcnn, srresnet"):
@@ -163,7 +170,7 @@ def test_weights_come_back(tmp_path, name):
     loaded = open_network(path)
     assert not loaded.training
     assert loaded.config == model.config
-    lr = torch.rand(2, 4, 16, 64)
+    lr = torch.rand(2, model.config.in_channels, 16, 64)
     torch.testing.assert_close(loaded(lr), model(lr), rtol=0, atol=0)
 
 
@@ -208,8 +215,9 @@ def test_files_that_are_no_baseline(tmp_path):
 def test_names_without_weights():
     with pytest.raises(CheckpointError, match="srresnet comes without weights: train it"):
         open_network("srresnet")
-    with pytest.raises(CheckpointError, match="'tatt' is not implemented"):
-        open_network("tatt")
+    for name in NOT_IMPLEMENTED:
+        with pytest.raises(CheckpointError, match=f"'{name}' is not implemented"):
+            open_network(name)
     with pytest.raises(CheckpointError, match="no weights named 'edsr'"):
         open_network("edsr")
 
@@ -293,7 +301,7 @@ def test_the_command_evaluates_a_baseline(tmp_path):
         )
         assert ran.exit_code == 0, ran.output
         assert set(json.loads(ran.stdout)["results"]["easy"]) == {"bicubic", "SR", "HR"}
-    for name, message in (("tatt", "not implemented"), ("tsrn", "comes without weights")):
+    for name, message in (("C3-STISR", "not implemented"), ("tsrn", "comes without weights")):
         ran = CliRunner().invoke(app, ["evaluate", str(test), "--model", name])
         assert ran.exit_code == 2
         assert message in ran.stderr
