@@ -19,11 +19,14 @@ from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import Prior, TextPrior
 from lemma_fast.ops import Operations, reference
 from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
+from lemma_fast.recognizers.charset import FOCUS
+from lemma_fast.recognizers.text_focus import STROKES
 from lemma_fast.training.data.batches import Batch, Encoding, mix
 from lemma_fast.training.data.labels import CTCLabels, encode_prior_labels
 from lemma_fast.training.data.pairs import with_mask
 from lemma_fast.training.evaluation.metrics import psnr, ssim, word_hits
 from lemma_fast.training.loop import weights
+from lemma_fast.training.losses.baselines import StrokeFocusLoss, edge_loss
 from lemma_fast.training.losses.lemma import (
     IGNORED,
     LemmaLoss,
@@ -120,15 +123,21 @@ class RestorationStage(Stage):
         encodings: set[Encoding] = set() if focus is None else {"focus"}
         if isinstance(network, LEMMA) and (wanted.weights.fine_tune or wanted.reading):
             encodings.add(prior_encoding(network.prior))
+        if wanted.strokes:
+            encodings.add("strokes")
         self.encodings = frozenset(encodings)
         self.loss = LemmaLoss(
-            _reader(TextFocus, settings, focus),
+            _focus(settings, focus),
             wanted.weights,
             distance=wanted.distance,
             attention_padding=wanted.attention_padding,
             unit_diagonal=wanted.unit_diagonal,
             double_softmax=wanted.double_softmax,
             fine_tune_padding=wanted.fine_tune_padding,
+        )
+        strokes = wanted.stroke_recognizer if wanted.strokes else None
+        self.strokes = StrokeFocusLoss(
+            _focus(settings, strokes, STROKES), attention_padding=wanted.attention_padding
         )
         judge = _reader(CRNN, settings, settings.select.recognizer)
         # Kept out of the registry: neither DDP nor the optimiser has business with it.
@@ -171,6 +180,12 @@ class RestorationStage(Stage):
         if profile := self.settings.loss.gradient_profile:
             terms["gradient_profile"] = gradient_profile_loss(sr[:, :3], hr[:, :3])
             terms["loss"] = terms["loss"] + profile * terms["gradient_profile"]
+        if edges := self.settings.loss.edges:
+            terms["edges"] = edge_loss(sr[:, :3], hr[:, :3])
+            terms["loss"] = terms["loss"] + edges * terms["edges"]
+        if strokes := self.settings.loss.strokes:
+            terms["strokes"] = self.strokes(sr[:, :3], hr[:, :3], batch.strokes)
+            terms["loss"] = terms["loss"] + strokes * terms["strokes"]
         if isinstance(self.network, LEMMA) and (reading := self.settings.loss.reading):
             reader = self.network.prior
             assert isinstance(reader, TextPrior) and batch.prior_ids is not None
@@ -275,35 +290,40 @@ class LanguageStage(PriorStage):
 
 
 class ReaderStage(Stage):
-    """A recogniser that learns to read: the loss's by teacher forcing, the evaluator by CTC."""
+    """A recogniser that learns to read: the losses' by teacher forcing, the evaluator by CTC."""
 
     network: TextFocus | CRNN
 
     def __init__(self, settings: Settings, fresh: bool = True) -> None:
         network: TextFocus | CRNN
-        if settings.stage == "text_focus":
-            network = TextFocus(settings.text_focus_config())
+        encoding: Encoding
+        if settings.stage == "crnn":
+            network, encoding = CRNN(settings.crnn_config()), "ctc"
         else:
-            network = CRNN(settings.crnn_config())
+            network = TextFocus(settings.text_focus_config())
+            encoding = "strokes" if settings.stage == "stroke_focus" else "focus"
         super().__init__(settings, network, fresh)
-        self.encodings = frozenset({"ctc" if isinstance(network, CRNN) else "focus"})
+        self.encodings = frozenset({encoding})
 
     def _loss(self, images: Tensor, batch: Batch) -> Tensor:
         shown = self.network.prepare(images)
         if isinstance(self.network, CRNN):
             assert batch.ctc is not None
             return crnn_ctc_loss(self.network(shown), batch.ctc)
-        assert batch.focus is not None
-        logits = self.network(shown, batch.focus.inputs).logits
-        return text_focus_cross_entropy(logits.float(), batch.focus)
+        labels = batch.strokes if "strokes" in self.encodings else batch.focus
+        assert labels is not None
+        logits = self.network(shown, labels.inputs).logits
+        return text_focus_cross_entropy(logits.float(), labels)
 
     def terms(self, batch: Batch, step: int, seed: int) -> dict[str, Tensor]:
         return {"loss": self._loss(self._looked_at(batch, align_corners=False), batch)}
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         images = self._looked_at(batch, align_corners=False)
-        texts = [reading.text for reading in self.network.read(images)]
         loss = self._loss(images, batch).expand(len(images))
+        if "strokes" in self.encodings:
+            return {"loss": loss}
+        texts = [reading.text for reading in self.network.read(images)]
         return {"loss": loss, "accuracy": self._hits(texts, batch)}
 
 
@@ -313,6 +333,7 @@ STAGES: Mapping[str, type[RestorationStage | PriorStage | ReaderStage]] = {
     "prior": PriorStage,
     "language": LanguageStage,
     "text_focus": ReaderStage,
+    "stroke_focus": ReaderStage,
     "crnn": ReaderStage,
 }
 
@@ -337,4 +358,17 @@ def _reader(kind: type[M], settings: Settings, checkpoint: str | None) -> M | No
     name = "crnn" if kind is CRNN else "text_focus"
     reader: object = load_recognizer(name, settings.path(checkpoint), device="cpu")
     assert isinstance(reader, kind)
+    return reader
+
+
+def _focus(
+    settings: Settings, checkpoint: str | None, classes: int = FOCUS.size
+) -> TextFocus | None:
+    """A recogniser of a loss, of characters or strokes; raises SettingsError for the other kind."""
+    reader = _reader(TextFocus, settings, checkpoint)
+    if reader is not None and reader.config.classes != classes:
+        raise SettingsError(
+            f"{checkpoint} names {reader.config.classes} classes, the loss wants {classes}: 37 are "
+            "characters (loss.recognizer), 10 are strokes (loss.stroke_recognizer)"
+        )
     return reader

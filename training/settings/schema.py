@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,6 +25,7 @@ import yaml
 from lemma_fast.baselines import BaselineConfig
 from lemma_fast.config import LemmaConfig
 from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
+from lemma_fast.recognizers.text_focus import STROKES
 from lemma_fast.training.losses.lemma import LOSS_SCALE, LossWeights, PixelDistance
 from lemma_fast.training.settings.values import (
     SettingsError,
@@ -39,7 +40,9 @@ from lemma_fast.training.settings.values import (
     table,
 )
 
-Stage = Literal["language", "prior", "text_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"]
+Stage = Literal[
+    "language", "prior", "text_focus", "stroke_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"
+]
 T = TypeVar("T")
 
 #: The stages that train a network of Table 3 in LEMMA's place.
@@ -115,6 +118,13 @@ class LossSettings:
     `recognizer` is the text-focus Transformer's checkpoint. The first `pixel_steps` steps leave
     its terms out. `gradient_profile` is the weight of TSRN's own loss beside the others,
     `reading` that of `reading_loss`, whose reader is the network's own prior, frozen.
+
+    The rest is for networks of Table 3 (`losses.baselines`), weights that are 0 where off: `edges`
+    of PCAN's loss; `strokes` of TG's, whose recogniser is the checkpoint `stroke_recognizer`;
+    `teaching` of the distillation of the network's CRNN by a frozen one, the checkpoint `teacher`,
+    that reads the true crop; `spelling` of what C3-STISR's language model is taught, by the teacher
+    too or, `spelling_by: ctc`, by the labels; `rotation` of TATT's similarity to a turned crop, for
+    which each pair is turned by up to `rotation_degrees`.
     """
 
     weights: LossWeights = field(default_factory=LossWeights)
@@ -123,6 +133,15 @@ class LossSettings:
     pixel_steps: int = 0
     gradient_profile: float = 0.0
     reading: float = 0.0
+    edges: float = 0.0
+    strokes: float = 0.0
+    stroke_recognizer: str | None = None
+    teaching: float = 0.0
+    teacher: str | None = None
+    spelling: float = 0.0
+    spelling_by: Literal["teacher", "ctc"] = "teacher"
+    rotation: float = 0.0
+    rotation_degrees: float = 5.0
     scale: float = LOSS_SCALE
     attention_padding: bool = True
     unit_diagonal: bool = False
@@ -177,7 +196,7 @@ class SelectSettings:
     """What the best weights are best in; `recognizer` is a CRNN checkpoint for `accuracy`.
 
     The stages that train a recogniser know `accuracy` (their own) and `loss`, those that restore
-    crops also `psnr`, `language` knows `loss` alone.
+    crops also `psnr`, `language` and `stroke_focus` know `loss` alone.
     """
 
     metric: Literal["accuracy", "psnr", "loss"] = "psnr"
@@ -229,9 +248,10 @@ class Settings:
             raise SettingsError(f"model: {error}") from error
 
     def text_focus_config(self) -> TextFocusConfig:
-        """The loss recogniser's sizes; raises SettingsError."""
+        """The loss recogniser's sizes, of characters or of strokes; raises SettingsError."""
         presets = {"published": TextFocusConfig(), "small": TextFocusConfig.small()}
-        return _recognizer(presets, self.recognizer)
+        classes = STROKES if self.stage == "stroke_focus" else TextFocusConfig().classes
+        return replace(_recognizer(presets, self.recognizer), classes=classes)
 
     def crnn_config(self) -> CRNNConfig:
         """The evaluator's sizes; raises SettingsError."""
@@ -279,7 +299,7 @@ class Settings:
         known: tuple[str, ...] = (
             ("psnr", "accuracy", "loss") if self.restores else ("accuracy", "loss")
         )
-        if stage == "language":
+        if stage in ("language", "stroke_focus"):
             known = ("loss",)
         if wanted not in known:
             raise SettingsError(
@@ -289,7 +309,7 @@ class Settings:
             network = self.lemma_config()
             if stage == "language" and network.text_prior != "abinet":
                 raise SettingsError(f"text_prior {network.text_prior} has no language part")
-        elif stage == "text_focus":
+        elif stage in ("text_focus", "stroke_focus"):
             self.text_focus_config()
         elif stage == "crnn":
             self.crnn_config()
@@ -303,6 +323,11 @@ class Settings:
             raise SettingsError(
                 "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
                 "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
+            )
+        if self.loss.strokes != 0 and self.loss.stroke_recognizer is None:
+            raise SettingsError(
+                "loss.strokes needs loss.stroke_recognizer, a checkpoint of the recogniser of "
+                "strokes; train one (stage stroke_focus)"
             )
         if self.loss.reading == 0:
             return
