@@ -20,6 +20,7 @@ from recognizer_fill import images, key_rng, published_table
 from torch import Tensor
 
 from lemma_fast.baselines import Baseline, build_baseline, from_published
+from lemma_fast.baselines.rcan import MEAN_COLOUR
 from lemma_fast.checkpoint.published import published_name
 from lemma_fast.recognizers import CRNN
 
@@ -54,6 +55,7 @@ GAINS: list[tuple[str, str, tuple[str, ...], float]] = [
     ("pcan", "", ("fs.fc.0.weight", "fs.fc.2.weight", "se.fc.0.weight", "se.fc.2.weight"), 3.0),
     ("pcan", "spatial_attention.conv4.weight", ("",), 3.0),
 ]
+_LANGUAGE_TABLE = "position_prior.vision.attention.pos_encoder.pe"
 _RECOGNIZERS = {"stroke_focus": "text_focus"}
 
 
@@ -81,9 +83,16 @@ def published_state(model: str, seed: int = 1, channels: int | None = None) -> d
         shape = listed if channels is None else with_channels(key, listed, channels)
         if key in tps.files:
             state[key] = torch.from_numpy(tps[key])
+        elif key == "lm.pos_encoder.pe":
+            state[key] = torch.from_numpy(network_golden("position_tables")[_LANGUAGE_TABLE])
         elif key.endswith((".num_batches_tracked", ".pe")):
             state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
-        elif not key.startswith(("sub_mean.", "add_mean.")):
+        elif key.startswith(("sub_mean.", "add_mean.")):
+            # As they start; with a mask there are none.
+            if channels != 4:
+                mean = torch.tensor(MEAN_COLOUR) * (-1 if key.startswith("sub") else 1)
+                state[key] = mean if key.endswith("bias") else torch.eye(3)[:, :, None, None]
+        else:
             filled = value(model, key, shape, seed).astype(np.float32)
             state[key] = torch.from_numpy(np.ascontiguousarray(filled))
     return state
@@ -165,7 +174,8 @@ class Step:
             expected = torch.from_numpy(stored[key]).double()
             torch.testing.assert_close(got[: len(expected)], expected, rtol=0, atol=1e-7)
         state = {published_name(n, names): t for n, t in self.network.state_dict().items()}
-        sizes = [len(published_state(self.network.config.name)[key]) for key in stored["bn_keys"]]
+        filled = published_state(self.network.config.name.replace("-", ""))
+        sizes = [len(filled[key]) for key in stored["bn_keys"]]
         expected = np.split(stored["bn_values"], np.cumsum(sizes)[:-1])
         for key, values in zip(stored["bn_keys"], expected, strict=True):
             if not published.is_unused(key):

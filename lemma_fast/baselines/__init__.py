@@ -10,6 +10,7 @@ All take the three colours, or four channels with LEMMA's mask, and double both 
 
 from lemma_fast.baselines.base import Baseline
 from lemma_fast.baselines.bicubic import Bicubic
+from lemma_fast.baselines.c3stisr import C3STISR
 from lemma_fast.baselines.config import (
     NOT_IMPLEMENTED,
     BaselineConfig,
@@ -18,7 +19,9 @@ from lemma_fast.baselines.config import (
 )
 from lemma_fast.baselines.files import from_published, load_baseline, open_network, save_baseline
 from lemma_fast.baselines.pcan import PCAN
+from lemma_fast.baselines.rcan import RCAN
 from lemma_fast.baselines.registry import build_baseline, create_baseline
+from lemma_fast.baselines.san import SAN
 from lemma_fast.baselines.srcnn import SRCNN
 from lemma_fast.baselines.srresnet import SRResNet
 from lemma_fast.baselines.tatt import TATT
@@ -26,8 +29,11 @@ from lemma_fast.baselines.tbsrn import TBSRN
 from lemma_fast.baselines.tsrn import TSRN
 
 __all__ = [
+    "C3STISR",
     "NOT_IMPLEMENTED",
     "PCAN",
+    "RCAN",
+    "SAN",
     "SRCNN",
     "TATT",
     "TBSRN",

@@ -12,7 +12,7 @@ from lemma_fast.baselines.config import BaselineConfig
 from lemma_fast.checkpoint.files import check_fit
 from lemma_fast.checkpoint.published import Shapes, expanded, published_name
 
-Sizes = Mapping[str, int | bool]
+Sizes = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Published:
 
     `modules` is in the form of `checkpoint.published`: `<b>` counts the config's blocks, `<g>` its
     groups, `<conv>` the rectifier's convolutions, what else counts is in `counters`; `<tail>` is
-    the number of blocks. `signature` is a tensor that the networks before this one in the registry
-    lack. `unused` matches the names of tensors that the published network owns and never calls, or
+    the number of blocks, `<groups>` that of groups. `signature` is a tensor that the networks before
+    this one in the registry lack. `unused` matches the names of tensors that the published network owns and never calls, or
     that are computed here. `sizes` are the entries of BaselineConfig that the shapes tell.
     """
 
@@ -36,7 +36,7 @@ class Published:
     def names(self, config: BaselineConfig) -> dict[str, str]:
         """Our module path (or full parameter name) to the published one."""
         counters = {"b": config.blocks, "g": config.groups, "conv": 6, **self.counters}
-        return expanded(self.modules, counters, tail=config.blocks)
+        return expanded(self.modules, counters, tail=config.blocks, groups=config.groups)
 
     def is_unused(self, name: str) -> bool:
         """Whether the tensor is one that is left out here."""
@@ -58,7 +58,12 @@ class Published:
         """
         names = self.names(config)
         theirs = {name: published_name(name, names) or name for name in expected}
-        used = {name: tensor for name, tensor in state.items() if not self.is_unused(name)}
+        used = {
+            # Published position tables are [length, 1, width].
+            name: tensor[:, 0] if name.endswith(".pe") and tensor.dim() == 3 else tensor
+            for name, tensor in state.items()
+            if not self.is_unused(name)
+        }
         check_fit(used, {theirs[name]: tensor for name, tensor in expected.items()})
         return {name: used[theirs[name]] for name in expected}
 

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from lemma_fast.baselines.base import Baseline
 from lemma_fast.baselines.bicubic import Bicubic
+from lemma_fast.baselines.c3stisr import C3STISR
 from lemma_fast.baselines.config import BaselineConfig
 from lemma_fast.baselines.pcan import PCAN
 from lemma_fast.baselines.published import Published
+from lemma_fast.baselines.rcan import RCAN
+from lemma_fast.baselines.san import SAN
 from lemma_fast.baselines.srcnn import SRCNN
 from lemma_fast.baselines.srresnet import SRResNet
 from lemma_fast.baselines.tatt import TATT
@@ -19,19 +22,29 @@ from lemma_fast.baselines.tsrn import TSRN
 from lemma_fast.ops import Operations, reference
 
 # A class that computes by LEMMA's operations takes their table, the others the config alone.
-_PLAIN: dict[str, type[Baseline]] = {"bicubic": Bicubic, "srcnn": SRCNN, "srresnet": SRResNet}
+_PLAIN: dict[str, type[Baseline]] = {
+    "bicubic": Bicubic,
+    "srcnn": SRCNN,
+    "srresnet": SRResNet,
+    "rcan": RCAN,
+    "san": SAN,
+}
 _WITH_OPERATIONS: dict[str, Callable[[BaselineConfig, Operations], Baseline]] = {
     "tsrn": TSRN,
     "tbsrn": TBSRN,
     "tg": TSRN,
     "tatt": TATT,
     "pcan": PCAN,
+    "c3-stisr": C3STISR,
 }
 # In the order in which a state dict is tried: TSRN's tensors are in those of others too.
 _PUBLISHED: dict[str, Published] = {
     "tbsrn": TBSRN.published,
     "tatt": TATT.published,
     "pcan": PCAN.published,
+    "c3-stisr": C3STISR.published,
+    "rcan": RCAN.published,
+    "san": SAN.published,
     "tg": TSRN.published,
 }
 
