@@ -21,9 +21,10 @@ class Published:
 
     `modules` is in the form of `checkpoint.published`: `<b>` counts the config's blocks, `<g>` its
     groups, `<conv>` the rectifier's convolutions, what else counts is in `counters`; `<tail>` is
-    the number of blocks, `<groups>` that of groups. `signature` is a tensor that the networks before
-    this one in the registry lack. `unused` matches the names of tensors that the published network owns and never calls, or
-    that are computed here. `sizes` are the entries of BaselineConfig that the shapes tell.
+    the number of blocks, `<groups>` that of groups. `signature` is a tensor that the networks
+    before this one in the registry lack. `unused` matches the names of tensors that the published
+    network owns and never calls, or that are computed here. `sizes` are the entries of
+    BaselineConfig that the tensors tell.
     """
 
     repository: str
