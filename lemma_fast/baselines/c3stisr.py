@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lemma_fast.baselines.clues import CLUE, Clues
 from lemma_fast.baselines.config import BaselineConfig
-from lemma_fast.baselines.frame import CONVOLUTIONS, GRUS, Frame
+from lemma_fast.baselines.frame import CONVOLUTIONS, GRUS
 from lemma_fast.baselines.published import Published, frame_sizes
+from lemma_fast.baselines.reading import Look, ReadingFrame
 from lemma_fast.baselines.tsrn import SequentialBlock
 from lemma_fast.checkpoint.published import FRAME
 from lemma_fast.config import PriorConfig
 from lemma_fast.ops import Operations
-from lemma_fast.recognizers.crnn import CRNN
 
 _CLUES = """
 clues.centre                            down_conv
@@ -51,10 +51,10 @@ clues.{ours}_attention.restore          dsta_{theirs}.conv4
 """
 
 
-class C3STISR(Frame):
+class C3STISR(ReadingFrame):
     """C3-STISR: Zhao et al., C3-STISR: Scene Text Image Super-resolution with Triple Clues.
 
-    `reader`, a CRNN, reads the crop; in training it may learn, by the result too. Of the three
+    `reader`, a CRNN, reads the crop; where it learns, it learns by the result too. Of the three
     clues the authors released two. The released code fuses them and then feeds the blocks with the
     enlarged reading alone: so does `config.committed`, otherwise it is the fused clue, as in the
     paper.
@@ -79,25 +79,17 @@ class C3STISR(Frame):
         channels = config.channels
         super().__init__(config, lambda _: SequentialBlock(channels, ops, guided=CLUE))
         self.clues = Clues(replace(config.lemma, prior=PriorConfig(dropout=config.dropout)))
-        self.reader = CRNN(config.crnn)
 
-    def upscale(self, lr: Tensor) -> Tensor:
-        spelled = self.spell(lr).softmax(2)
-        return self.restore(lr, torch.stack([self.read(lr), spelled]))
-
-    def read(self, lr: Tensor) -> Tensor:
-        """Probabilities [N, 26, 37] of the CTC classes that the reader sees in `lr`; 0 is blank."""
-        steps: Tensor = self.reader(self.reader.prepare(lr[:, :3]))
-        return steps.softmax(2).transpose(0, 1)
-
-    def spell(self, lr: Tensor) -> Tensor:
-        """The language model's logits [N, 26, 37] for what the reader, in evaluation, sees."""
-        learning = self.reader.training
-        self.reader.eval()
-        with torch.no_grad():
-            read = self.read(lr)
-        self.reader.train(learning)
-        return self.clues.spell(read)
+    def look(self, lr: Tensor) -> Look:
+        read = shown = self.read(lr)
+        if self.reader.training:
+            # The published language model is shown what the reader sees in evaluation.
+            self.reader.eval()
+            with torch.no_grad():
+                shown = self.read(lr)
+            self.reader.train()
+        spelled = self.clues.spell(shown)
+        return Look(torch.stack([read, spelled.softmax(2)]), read, spelled)
 
     def deepen(self, shallow: Tensor, prior: Tensor | None) -> Tensor:
         """As in every frame; `prior` [2, N, 26, 37] is what is read and what is spelled."""

@@ -24,7 +24,7 @@ class Published:
     the number of blocks, `<groups>` that of groups. `signature` is a tensor that the networks
     before this one in the registry lack. `unused` matches the names of tensors that the published
     network owns and never calls, or that are computed here. `sizes` are the entries of
-    BaselineConfig that the shapes tell.
+    BaselineConfig that the tensors tell.
     """
 
     repository: str

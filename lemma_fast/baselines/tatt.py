@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lemma_fast.baselines.config import BaselineConfig
-from lemma_fast.baselines.frame import CONVOLUTIONS, GRUS, Frame
+from lemma_fast.baselines.frame import CONVOLUTIONS, GRUS
 from lemma_fast.baselines.published import Published, frame_sizes
+from lemma_fast.baselines.reading import Look, ReadingFrame
 from lemma_fast.baselines.tsrn import SequentialBlock
 from lemma_fast.checkpoint.published import FRAME
 from lemma_fast.config import CRNN_STEPS
 from lemma_fast.model.layers import TransformerLayer, sinusoid
 from lemma_fast.ops import Operations
 from lemma_fast.recognizers.charset import FOCUS
-from lemma_fast.recognizers.crnn import CRNN
 
 HEADS = 4
 DECODER_LAYERS = 2
@@ -77,11 +77,11 @@ class Interpreter(nn.Module):
         return states.unflatten(2, (self.size[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
-class TATT(Frame):
+class TATT(ReadingFrame):
     """TATT: Ma et al., A Text Attention Network for Spatial Deformation Robust [...], 2022.
 
-    `reader`, a CRNN, reads the crop; it has no gradient here and stays in evaluation. What is read
-    reaches every block by the interpreter.
+    What `reader`, a CRNN, reads in the crop reaches every block by the interpreter. A reader that
+    learns has no gradient from there.
     """
 
     published: ClassVar[Published] = Published(
@@ -109,22 +109,10 @@ interpreter.norm             infoGen.transformer.decoder.norm
         channels = config.channels
         super().__init__(config, lambda _: SequentialBlock(channels, ops, guided=channels))
         self.interpreter = Interpreter(config)
-        self.reader = CRNN(config.crnn).requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> TATT:
-        """As any module, but the reader stays as it is."""
-        super().train(mode)
-        self.reader.eval()
-        return self
-
-    def upscale(self, lr: Tensor) -> Tensor:
-        return self.restore(lr, self.read(lr))
-
-    @torch.no_grad()
-    def read(self, lr: Tensor) -> Tensor:
-        """Probabilities [N, 26, 37] of the CTC classes that the reader sees in `lr`; 0 is blank."""
-        steps: Tensor = self.reader(self.reader.prepare(lr[:, :3]))
-        return steps.softmax(2).transpose(0, 1)
+    def look(self, lr: Tensor) -> Look:
+        read = self.read(lr)
+        return Look(read.detach(), read)
 
     def deepen(self, shallow: Tensor, prior: Tensor | None) -> Tensor:
         assert prior is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,18 +13,19 @@ from torch import Tensor, nn
 
 from lemma_fast.acceleration import training_operations
 from lemma_fast.baselines import Baseline, build_baseline
+from lemma_fast.baselines.reading import ReadingFrame
 from lemma_fast.model import LEMMA, text_prior
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import Prior, TextPrior
 from lemma_fast.ops import Operations, reference
-from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
-from lemma_fast.recognizers.charset import FOCUS
+from lemma_fast.recognizers import CRNN, TextFocus
 from lemma_fast.recognizers.text_focus import STROKES
 from lemma_fast.training.data.batches import Batch, Encoding, mix
 from lemma_fast.training.data.labels import CTCLabels, encode_prior_labels
 from lemma_fast.training.data.pairs import with_mask
 from lemma_fast.training.evaluation.metrics import psnr, ssim, word_hits
 from lemma_fast.training.loop import weights
+from lemma_fast.training.loop.readers import open_focus, open_reader
 from lemma_fast.training.losses.baselines import StrokeFocusLoss, edge_loss
 from lemma_fast.training.losses.lemma import (
     IGNORED,
@@ -44,12 +44,11 @@ from lemma_fast.training.losses.prior import (
     reading_loss,
     simulated_reading,
 )
+from lemma_fast.training.losses.teaching import Teaching
 from lemma_fast.training.networks import super_resolve
 from lemma_fast.training.settings.schema import BASELINES, Settings
 from lemma_fast.training.settings.values import SettingsError
 from lemma_fast.training.synthesis.words import Vocabulary
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Stage(nn.Module):
@@ -86,6 +85,10 @@ class Stage(nn.Module):
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Parameters and their learning rate."""
         return [(list(self.network.parameters()), self.settings.optimizer.learning_rate)]
+
+    def clipped(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are clipped, by their norm together."""
+        return [parameter for group, _ in self.parameter_groups() for parameter in group]
 
     def _hits(self, texts: list[str], batch: Batch) -> Tensor:
         return torch.from_numpy(word_hits(texts, batch.labels))
@@ -125,9 +128,11 @@ class RestorationStage(Stage):
             encodings.add(prior_encoding(network.prior))
         if wanted.strokes:
             encodings.add("strokes")
+        if wanted.spelling and wanted.spelling_by == "ctc":
+            encodings.add("ctc")
         self.encodings = frozenset(encodings)
         self.loss = LemmaLoss(
-            _focus(settings, focus),
+            open_focus(settings, focus),
             wanted.weights,
             distance=wanted.distance,
             attention_padding=wanted.attention_padding,
@@ -137,9 +142,15 @@ class RestorationStage(Stage):
         )
         strokes = wanted.stroke_recognizer if wanted.strokes else None
         self.strokes = StrokeFocusLoss(
-            _focus(settings, strokes, STROKES), attention_padding=wanted.attention_padding
+            open_focus(settings, strokes, STROKES), attention_padding=wanted.attention_padding
         )
-        judge = _reader(CRNN, settings, settings.select.recognizer)
+        judge = open_reader(CRNN, settings, settings.select.recognizer)
+        self.teaching: Teaching | None = None
+        if isinstance(network, ReadingFrame):
+            # TATT's reader learns from its teacher alone, C3-STISR's from the result too.
+            taught = wanted.teaching != 0 or settings.stage == "c3-stisr"
+            network.reader.requires_grad_(taught and settings.optimizer.prior_learning_rate != 0)
+            self.teaching = Teaching(wanted, open_reader(CRNN, settings, wanted.teacher))
         # Kept out of the registry: neither DDP nor the optimiser has business with it.
         self._judges = () if judge is None else (judge,)
         self.train()
@@ -159,19 +170,41 @@ class RestorationStage(Stage):
         return self
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        if not isinstance(self.network, LEMMA):
+        if (reader := self._prior_network()) is None:
             return super().parameter_groups()
-        prior = list(self.network.prior.parameters())
+        prior = list(reader.parameters())
         known = {id(parameter) for parameter in prior}
         rest = [p for p in self.network.parameters() if id(p) not in known]
         settings = self.settings.optimizer
         return [(rest, settings.learning_rate), (prior, settings.prior_learning_rate)]
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
-        sr, prior = super_resolve(self.network, with_mask(batch.lr))
-        sr = sr.float()
+    def clipped(self) -> list[nn.Parameter]:
+        """As published: the reader of a network of Table 3 is not clipped, LEMMA's prior is."""
+        groups = self.parameter_groups()
+        own = groups[:1] if isinstance(self.network, ReadingFrame) else groups
+        return [parameter for group, _ in own for parameter in group]
+
+    def _prior_network(self) -> nn.Module | None:
+        """The part that reads, and learns at a rate of its own."""
+        if isinstance(self.network, LEMMA):
+            return self.network.prior
+        return self.network.reader if isinstance(self.network, ReadingFrame) else None
+
+    def _restore(
+        self, lr: Tensor, hr: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
+        """`sr`, what it is compared with, the prior, and what its pass is judged by beside that."""
+        if isinstance(self.network, ReadingFrame):
+            assert self.teaching is not None
+            channels = self.network.config.in_channels
+            sr, hr, taught = self.teaching(self.network, lr[:, :channels], hr, batch.ctc)
+            return sr.float(), hr[:, :channels], None, taught
+        sr, prior = super_resolve(self.network, lr)
         # A network of three channels has no mask to compare.
-        hr = with_mask(batch.hr)[:, : sr.shape[1]]
+        return sr.float(), hr[:, : sr.shape[1]], prior, {}
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
+        sr, hr, prior, taught = self._restore(with_mask(batch.lr), with_mask(batch.hr), batch)
         labels: Tensor | CTCLabels | None = None
         if isinstance(self.network, LEMMA):
             labels = prior_labels(self.network.prior, batch)
@@ -180,6 +213,9 @@ class RestorationStage(Stage):
         if profile := self.settings.loss.gradient_profile:
             terms["gradient_profile"] = gradient_profile_loss(sr[:, :3], hr[:, :3])
             terms["loss"] = terms["loss"] + profile * terms["gradient_profile"]
+        for name, value in taught.items():
+            terms[name] = value
+            terms["loss"] = terms["loss"] + getattr(self.settings.loss, name) * value
         if edges := self.settings.loss.edges:
             terms["edges"] = edge_loss(sr[:, :3], hr[:, :3])
             terms["loss"] = terms["loss"] + edges * terms["edges"]
@@ -349,26 +385,3 @@ def op_table(name: str) -> Operations:
             f"ops: {name} cannot be used here ({error}); write ops: reference, or install what is "
             "missing"
         ) from error
-
-
-def _reader(kind: type[M], settings: Settings, checkpoint: str | None) -> M | None:
-    """The recogniser of a checkpoint in the settings, if one is named."""
-    if checkpoint is None:
-        return None
-    name = "crnn" if kind is CRNN else "text_focus"
-    reader: object = load_recognizer(name, settings.path(checkpoint), device="cpu")
-    assert isinstance(reader, kind)
-    return reader
-
-
-def _focus(
-    settings: Settings, checkpoint: str | None, classes: int = FOCUS.size
-) -> TextFocus | None:
-    """A recogniser of a loss, of characters or strokes; raises SettingsError for the other kind."""
-    reader = _reader(TextFocus, settings, checkpoint)
-    if reader is not None and reader.config.classes != classes:
-        raise SettingsError(
-            f"{checkpoint} names {reader.config.classes} classes, the loss wants {classes}: 37 are "
-            "characters (loss.recognizer), 10 are strokes (loss.stroke_recognizer)"
-        )
-    return reader

@@ -12,12 +12,13 @@ from torch import nn
 
 from lemma_fast import baselines, checkpoint
 from lemma_fast.baselines import Baseline
+from lemma_fast.baselines.reading import ReadingFrame
 from lemma_fast.checkpoint.files import config_to_json, load_strictly, read_weights, save_weights
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import TextPrior
-from lemma_fast.recognizers import CRNN, TextFocus
+from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
 from lemma_fast.training.loop.interpolation import start_from_interpolation
 from lemma_fast.training.settings.schema import Settings
 from lemma_fast.training.settings.values import SettingsError
@@ -81,12 +82,25 @@ def start(network: nn.Module, settings: Settings) -> None:
             else:
                 load_strictly(network, read_weights(path)[0], str(path))
         if wanted.prior:
-            if not isinstance(network, LEMMA):
+            paths = [settings.path(name) for name in wanted.prior]
+            if isinstance(network, ReadingFrame):
+                load_reader(network, paths)
+            elif isinstance(network, LEMMA):
+                load_prior(network, paths)
+            else:
                 raise SettingsError(f"start.prior means nothing to stage {settings.stage}")
-            load_prior(network, [settings.path(name) for name in wanted.prior])
     except FileNotFoundError as error:
         name = error.filename or str(error)
         raise SettingsError(f"start: there is no {name}; train the stage before") from error
+
+
+def load_reader(network: ReadingFrame, paths: Sequence[Path]) -> None:
+    """Load a CRNN into a network of Table 3 that reads; raises ValueError where it does not fit."""
+    if len(paths) != 1:
+        raise SettingsError(f"start.prior is one CRNN, not {len(paths)} files")
+    reader = load_recognizer("crnn", paths[0], device="cpu")
+    assert isinstance(reader, CRNN)
+    load_strictly(network.reader, reader.state_dict(), str(paths[0]))
 
 
 def load_prior(network: LEMMA, paths: Sequence[Path]) -> None:

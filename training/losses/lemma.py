@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from lemma_fast.recognizers.text_focus import TextFocus
 from lemma_fast.training.data.labels import CTCLabels, FocusLabels
 from lemma_fast.training.losses.confusion import confusion_weights
 
+R = TypeVar("R", bound=nn.Module)
 PixelDistance = Literal["mse", "l1", "log_mse"]
 #: Added to a crop's error before its logarithm: past 50 dB there is nothing to gain.
 _LOG_FLOOR = 1e-5
@@ -192,33 +193,41 @@ def without_padding(label_ids: Tensor) -> Tensor:
     return label_ids.masked_fill(index > ends, IGNORED)
 
 
-class FocusLoss(nn.Module):
-    """A loss by the attention of a frozen recogniser that is fed the text.
+class ReadLoss(nn.Module, Generic[R]):
+    """A loss by a frozen recogniser.
 
     The recogniser is always in eval mode, and not a sub-module: it follows this module to its
     device, but is in no state_dict, no optimiser and no DDP bucket.
     """
 
-    def __init__(
-        self, recognizer: TextFocus | None = None, *, attention_padding: bool = True
-    ) -> None:
+    def __init__(self, recognizer: R | None = None) -> None:
         super().__init__()
-        self.attention_padding = attention_padding
-        self._frozen: tuple[TextFocus, ...] = ()
+        self._frozen: tuple[R, ...] = ()
         if recognizer is not None:
-            self._frozen = (recognizer.eval().requires_grad_(False),)
+            recognizer.eval().requires_grad_(False)
+            self._frozen = (recognizer,)
 
     @property
-    def recognizer(self) -> TextFocus | None:
+    def recognizer(self) -> R | None:
         """The frozen recogniser, if there is one."""
         return self._frozen[0] if self._frozen else None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FocusLoss:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReadLoss[R]:
         # .to(), .cuda(), .double() all pass through here
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module in self._frozen:
             module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class FocusLoss(ReadLoss[TextFocus]):
+    """A loss by the attention of a frozen recogniser that is fed the text."""
+
+    def __init__(
+        self, recognizer: TextFocus | None = None, *, attention_padding: bool = True
+    ) -> None:
+        super().__init__(recognizer)
+        self.attention_padding = attention_padding
 
     def compare(self, sr: Tensor, hr: Tensor, labels: FocusLabels | None) -> tuple[Tensor, Tensor]:
         """`attention_l1` of RGB `sr` and `hr`, and the logits on `sr`, to which gradients flow."""

@@ -27,6 +27,7 @@ from lemma_fast.config import LemmaConfig
 from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
 from lemma_fast.recognizers.text_focus import STROKES
 from lemma_fast.training.losses.lemma import LOSS_SCALE, LossWeights, PixelDistance
+from lemma_fast.training.settings.checks import check_baseline_losses
 from lemma_fast.training.settings.values import (
     SettingsError,
     Values,
@@ -35,18 +36,21 @@ from lemma_fast.training.settings.values import (
     merge,
     nested,
     override,
+    preset,
     read,
-    shown,
     table,
 )
 
 Stage = Literal[
-    "language", "prior", "text_focus", "stroke_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"
-]
+    "language", "prior", "text_focus", "stroke_focus", "crnn", "lemma",
+    "srcnn", "srresnet", "rcan", "san", "tsrn", "tbsrn", "pcan", "tg", "tatt", "c3-stisr",
+]  # fmt: skip
 T = TypeVar("T")
 
 #: The stages that train a network of Table 3 in LEMMA's place.
-BASELINES = ("srcnn", "srresnet", "tsrn")
+BASELINES = (
+    "srcnn", "srresnet", "rcan", "san", "tsrn", "tbsrn", "pcan", "tg", "tatt", "c3-stisr"
+)  # fmt: skip
 
 #: The name of a stage's exported weights in its folder.
 WEIGHTS = "best.safetensors"
@@ -102,7 +106,8 @@ class DataSettings:
 class StartSettings:
     """Weights to start from: the whole network, or the prior's.
 
-    `prior` is one file of ours, or published ABINet files (vision, language, or both in one).
+    `prior` is one file of ours, or published ABINet files (vision, language, or both in one); for
+    the networks of Table 3 that read, a CRNN.
     `interpolation` lets a fresh LEMMA begin as an interpolation of the crop.
     """
 
@@ -241,7 +246,7 @@ class Settings:
         """The network's sizes; raises SettingsError."""
         presets = {"base": LemmaConfig.base(), "small": LemmaConfig.small()}
         values = dict(self.model)
-        merged = merge(_preset(presets, values, "model").to_dict(), values)
+        merged = merge(preset(presets, values, "model").to_dict(), values)
         try:
             return LemmaConfig.from_dict(merged)
         except (ValueError, TypeError, ArithmeticError) as error:
@@ -324,11 +329,7 @@ class Settings:
                 "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
                 "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
             )
-        if self.loss.strokes != 0 and self.loss.stroke_recognizer is None:
-            raise SettingsError(
-                "loss.strokes needs loss.stroke_recognizer, a checkpoint of the recogniser of "
-                "strokes; train one (stage stroke_focus)"
-            )
+        check_baseline_losses(self.stage, self.loss, self.optimizer)
         if self.loss.reading == 0:
             return
         if self.stage != "lemma" or self.lemma_config().text_prior != "abinet":
@@ -394,15 +395,7 @@ def plain(settings: Settings) -> Values:
     return dict(json.loads(json.dumps(dataclasses.asdict(settings))))
 
 
-def _preset(presets: Mapping[str, T], values: Values, at: str) -> T:
-    """Take `preset` out of `values`; the first one is the default."""
-    name = values.pop("preset", next(iter(presets)))
-    if not isinstance(name, str) or name not in presets:
-        raise SettingsError(f"{at}.preset is one of {', '.join(presets)}; not {shown(name)}")
-    return presets[name]
-
-
 def _recognizer(presets: Mapping[str, T], entries: Values) -> T:
     values = dict(entries)
-    preset: Any = _preset(presets, values, "recognizer")
-    return build(type(preset), merge(dataclasses.asdict(preset), values), "recognizer.")
+    sizes: Any = preset(presets, values, "recognizer")
+    return build(type(sizes), merge(dataclasses.asdict(sizes), values), "recognizer.")
