@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from baseline_sizes import CRNN_SIZES, SMALL
+from baseline_sizes import CRNN_SIZES, SMALL, published
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -19,24 +19,11 @@ from lemma_fast.baselines import (
     open_network,
     save_baseline,
 )
-from lemma_fast.checkpoint.published import published_name
 from lemma_fast.cli import app
 from lemma_fast.recognizers import CRNN
 
 PUBLISHED = ("tbsrn", "pcan", "tg", "tatt", "rcan", "san", "c3-stisr")
 READING = ("tatt", "c3-stisr")
-
-
-def published(model):
-    """The state dict that the authors' code would have written."""
-    names = type(model).published.names(model.config)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("reader."):
-            theirs = published_name(name, names)
-            assert theirs is not None, name
-            state[theirs] = tensor.clone(memory_format=torch.contiguous_format)
-    return state
 
 
 @pytest.fixture
