@@ -68,8 +68,9 @@ def conv(convolution: nn.Conv2d, norm: nn.Module | None = None) -> Affine:
 
 
 def linear(layer: nn.Linear) -> Affine:
-    """Parameters of a linear layer that has a bias."""
-    return Affine(wide(layer.weight), wide(layer.bias))
+    """Parameters of a linear layer; zeros for a bias that it lacks."""
+    weight = wide(layer.weight)
+    return Affine(weight, weight.new_zeros(len(weight)) if layer.bias is None else wide(layer.bias))
 
 
 def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lemma_fast import checkpoint
 from lemma_fast.baselines.base import Baseline
-from lemma_fast.baselines.config import NOT_IMPLEMENTED, BaselineConfig, check_name, list_baselines
+from lemma_fast.baselines.config import BaselineConfig, check_name, list_baselines
 from lemma_fast.baselines.registry import build_baseline, create_baseline, recognized
 from lemma_fast.checkpoint.files import (
     CheckpointError,
@@ -82,7 +82,7 @@ def open_network(
     """
     name = str(source)
     is_name = isinstance(source, str) or not Path(name).exists()
-    if is_name and name.lower() in (*list_baselines(), *NOT_IMPLEMENTED):
+    if is_name and name.lower() in list_baselines():
         if name == "bicubic":
             return create_baseline(name).to(device).eval()
         try:

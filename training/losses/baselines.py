@@ -90,9 +90,11 @@ def triple_similarity(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
     """
     wide = torch.promote_types(first.dtype, torch.float32)
     images = torch.stack([first, second, third]).to(wide)
-    offsets = torch.arange(_WINDOW, dtype=wide, device=images.device) - _WINDOW // 2
-    line = torch.exp(-offsets.square() / (2 * _SIGMA**2))
-    window = torch.outer(line, line) / line.sum().square()
+    offsets = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
+    # The published window is in fp32, whatever the images.
+    line = torch.exp(-offsets.square() / (2 * _SIGMA**2)).float()
+    line = line / line.sum()
+    window = torch.outer(line, line).to(images)
 
     def blur(x: Tensor) -> Tensor:
         flat = F.conv2d(x.flatten(0, 2)[:, None], window[None, None], padding=_WINDOW // 2)
