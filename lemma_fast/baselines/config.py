@@ -107,6 +107,11 @@ class BaselineConfig:
         """Height and width of the low-resolution input."""
         return self.lemma.size
 
+    @property
+    def scale(self) -> int:
+        """How much larger the result's sides are."""
+        return self.lemma.scale
+
 
 def list_baselines() -> list[str]:
     """Names that `create_baseline` takes."""

@@ -20,6 +20,7 @@ from lemma_fast.baselines import (
     save_baseline,
 )
 from lemma_fast.config import CRNNConfig
+from lemma_fast.devices import device_of
 from lemma_fast.training.cli import app
 from lemma_fast.training.data.batches import EncodedCrops, split
 from lemma_fast.training.data.pairs import TextZoomDataset
@@ -29,7 +30,7 @@ from lemma_fast.training.loop.fit import fit
 from lemma_fast.training.loop.folder import read_curves
 from lemma_fast.training.loop.stages import RestorationStage
 from lemma_fast.training.losses.lemma import gradient_profile, gradient_profile_loss
-from lemma_fast.training.networks import device_of, super_resolve
+from lemma_fast.training.networks import super_resolve
 
 CRNN_SIZES = CRNNConfig((4, 4, 4, 4, 8, 8, 8), hidden=8)
 SMALL = {
