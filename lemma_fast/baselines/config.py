@@ -122,8 +122,7 @@ def check_name(name: str) -> str:
     """Return the name of a baseline that is here; raises ValueError with those that are."""
     if name in _PAPER:
         return name
-    there = ", ".join(_PAPER)
-    raise ValueError(f"no baseline {name!r}; there are {there}")
+    raise ValueError(f"no baseline {name!r}; there are {', '.join(_PAPER)}")
 
 
 def _default(entry: dataclasses.Field[Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lemma_fast import checkpoint
 from lemma_fast.baselines.base import Baseline
-from lemma_fast.baselines.config import BaselineConfig, check_name, list_baselines
+from lemma_fast.baselines.config import BaselineConfig, list_baselines
 from lemma_fast.baselines.registry import build_baseline, create_baseline, recognized
 from lemma_fast.checkpoint.files import (
     CheckpointError,
@@ -85,13 +85,9 @@ def open_network(
     if is_name and name.lower() in list_baselines():
         if name == "bicubic":
             return create_baseline(name).to(device).eval()
-        try:
-            check_name(name)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
         raise CheckpointError(
             f"{name} comes without weights: train it (lemma-fast train small-baselines --stage "
-            f"{name}), and pass the file"
+            f"{name.lower()}), or get its authors' checkpoint, and pass the file"
         )
     return _open(checkpoint.locate(source), text_prior, corrected).to(device).eval()
 

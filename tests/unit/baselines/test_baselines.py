@@ -42,6 +42,9 @@ SMALL = {
     "pcan": {"channels": 8, "blocks": 2},
     "tg": {"channels": 8, "blocks": 1},
     "tatt": {"channels": 8, "blocks": 1, "crnn": CRNN_SIZES},
+    "rcan": {"channels": 16, "groups": 1, "blocks": 1},
+    "san": {"channels": 16, "groups": 1, "blocks": 1},
+    "c3-stisr": {"channels": 8, "blocks": 1, "crnn": CRNN_SIZES},
 }
 
 
@@ -212,7 +215,7 @@ def test_files_that_are_no_baseline(tmp_path):
 def test_names_without_weights():
     with pytest.raises(CheckpointError, match="srresnet comes without weights: train it"):
         open_network("srresnet")
-    with pytest.raises(CheckpointError, match="no baseline 'TATT'; there are"):
+    with pytest.raises(CheckpointError, match="TATT comes without weights: .* --stage tatt"):
         open_network("TATT")
     with pytest.raises(CheckpointError, match="no weights named 'edsr'"):
         open_network("edsr")
@@ -297,7 +300,7 @@ def test_the_command_evaluates_a_baseline(tmp_path):
         )
         assert ran.exit_code == 0, ran.output
         assert set(json.loads(ran.stdout)["results"]["easy"]) == {"bicubic", "SR", "HR"}
-    for name, message in (("C3-STISR", "no baseline"), ("tsrn", "comes without weights")):
+    for name, message in (("edsr", "no weights named"), ("tsrn", "comes without weights")):
         ran = CliRunner().invoke(app, ["evaluate", str(test), "--model", name])
         assert ran.exit_code == 2
         assert message in ran.stderr
