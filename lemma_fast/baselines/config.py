@@ -9,7 +9,7 @@ from typing import Any
 
 from lemma_fast.config import CRNNConfig, LemmaConfig
 
-#: Rows of Table 3 that are not here: none any more.
+#: Rows of Table 3 that are not here: none any more, the name is for who imports it.
 NOT_IMPLEMENTED: tuple[str, ...] = ()
 _FRAME = {"blocks": 5, "rectification": True}
 # What each paper's network has: these entries, and the number of channels.
