@@ -7,9 +7,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import yaml
 from baseline_sizes import SMALL, published
 from PIL import Image
-from tiny_training import write_set
+from tiny_training import stage_of, write_baselines, write_set
 from typer.testing import CliRunner
 
 from lemma_fast import Upscaler
@@ -17,6 +18,8 @@ from lemma_fast.acceleration.accelerated import AcceleratedBaseline
 from lemma_fast.baselines import create_baseline, save_baseline
 from lemma_fast.cli import app
 from lemma_fast.images import from_pillow
+from lemma_fast.training.cli import app as training
+from lemma_fast.training.loop.stages import RestorationStage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,10 +102,30 @@ def test_a_name_without_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["tg", "tatt", "san"])
 def test_the_command_evaluates_a_baseline(folder, tmp_path, name):
-    from lemma_fast.training.cli import app as training
-
     test = write_set(tmp_path / "test_easy.lmdb", 3)
     arguments = ["evaluate", str(test), "--model", str(file_of(folder, name))]
     ran = CliRunner().invoke(training, [*arguments, "--recognizer", "", "--json"])
     assert ran.exit_code == 0, ran.output
     assert set(json.loads(ran.stdout)["results"]["easy"]) == {"bicubic", "SR", "HR"}
+
+
+@pytest.mark.parametrize("name", ["tg", "tatt"])
+def test_training_goes_on_from_a_published_checkpoint(tmp_path, name):
+    sizes = SMALL[name]
+    torch.manual_seed(0)
+    model = create_baseline(name, **sizes)
+    torch.save(published(model), tmp_path / "theirs.pth")
+    values = yaml.safe_load(write_baselines(tmp_path).read_text())
+    changed = {key: value for key, value in sizes.items() if key != "crnn"}
+    if "crnn" in sizes:
+        changed["crnn"] = {"channels": list(sizes["crnn"].channels), "hidden": 8}
+    values["stages"] = {name: {"baseline": changed, "loss": {"weights": {"text_focus": 0}}}}
+    config = tmp_path / "stage.yaml"
+    config.write_text(yaml.safe_dump(values))
+    weights = f"start.weights={tmp_path / 'theirs.pth'}"
+    started = RestorationStage(stage_of(config, name, weights)).network.state_dict()
+    for key, tensor in model.state_dict().items():
+        if not key.startswith("reader."):
+            assert torch.equal(started[key], tensor), key
+    with pytest.raises(ValueError, match="does not fit"):
+        RestorationStage(stage_of(config, name, weights, "baseline.blocks=2"))
