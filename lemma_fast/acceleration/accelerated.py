@@ -227,9 +227,9 @@ def accelerate(
     where training needs the extension and it is not there.
     """
     lemma = recognized(model)
-    if training and isinstance(lemma, Baseline):
-        raise TypeError("training is for a LEMMA: a baseline is built with fused operations (ops)")
     if training:
+        if isinstance(lemma, Baseline):
+            raise TypeError("training is for a LEMMA: build a baseline with fused operations (ops)")
         rest = (dtype, tf32, max_batch, graphs, with_attention, reuse_output)
         if rest != (None, None, None, None, True, False):
             raise ValueError("with training, accelerate takes no other argument")

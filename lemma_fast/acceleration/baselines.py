@@ -13,6 +13,7 @@ from lemma_fast.acceleration.layers import Plan
 from lemma_fast.acceleration.swap import Enter, put, swap
 from lemma_fast.baselines import Baseline
 from lemma_fast.baselines.clues import Clues
+from lemma_fast.baselines.frame import Frame
 from lemma_fast.baselines.pcan import ParallelBlock
 from lemma_fast.baselines.tatt import Interpreter
 from lemma_fast.baselines.tsrn import SequentialBlock
@@ -33,7 +34,7 @@ def folded_baseline(model: Baseline, plan: Plan) -> nn.Module:
     exact = {name: part for name, part in network.named_children() if isinstance(part, _EXACT)}
     for name in exact:
         put(network, name, nn.Identity())
-    if hasattr(network, "rectifier"):
+    if isinstance(network, Frame):
         network.rectifier = None
     for module in network.modules():
         if isinstance(module, SequentialBlock | ParallelBlock):
@@ -79,7 +80,7 @@ def _exactly(part: nn.Module, plan: Plan) -> nn.Module:
         return part
     if isinstance(part, Interpreter):
         # They do not depend on the crops.
-        part.queries = lru_cache(_KEPT_QUERIES)(part.queries)
+        part.queries = lru_cache(_KEPT_QUERIES)(part.queries)  # type: ignore[method-assign]
 
     def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(x.to(plan.wide) for x in inputs)

@@ -94,7 +94,9 @@ class BaselineConfig:
         crnn = values.get("crnn")
         if not isinstance(crnn, Mapping):
             return cls(**values)
-        reader = {key: tuple(v) if isinstance(v, list) else v for key, v in crnn.items()}
+        reader: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in crnn.items()
+        }
         return cls(**{**values, "crnn": CRNNConfig(**reader)})
 
     @property
