@@ -17,7 +17,13 @@ from lemma_fast.baselines.config import (
     check_name,
     list_baselines,
 )
-from lemma_fast.baselines.files import from_published, load_baseline, open_network, save_baseline
+from lemma_fast.baselines.files import (
+    convert,
+    from_published,
+    load_baseline,
+    open_network,
+    save_baseline,
+)
 from lemma_fast.baselines.pcan import PCAN
 from lemma_fast.baselines.rcan import RCAN
 from lemma_fast.baselines.registry import build_baseline, create_baseline
@@ -44,6 +50,7 @@ __all__ = [
     "SRResNet",
     "build_baseline",
     "check_name",
+    "convert",
     "create_baseline",
     "from_published",
     "list_baselines",

@@ -92,6 +92,31 @@ def open_network(
     return _open(checkpoint.locate(source), text_prior, corrected).to(device).eval()
 
 
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    text_prior: str | Path | None = None,
+    corrected: bool = False,
+) -> LEMMA | Baseline:
+    """As `checkpoint.convert`; besides, a baseline's published checkpoint to ours (.safetensors).
+
+    The rest is `load_baseline`'s. The file then has all that the network needs, its CRNN too.
+    Returns the network. Raises CheckpointError.
+    """
+    path, target = checkpoint.locate(source), Path(target)
+    model = _open(path, text_prior, corrected)
+    if isinstance(model, LEMMA):
+        return checkpoint.convert(source, target)
+    if not is_safetensors(target):
+        raise CheckpointError(f"{target}: of a baseline only a .safetensors is written")
+    if target.exists() and target.samefile(path):
+        raise CheckpointError(f"{target}: it is the file that is read")
+    name = path.name.encode("utf-8", "backslashreplace").decode()
+    save_baseline(model, target, {"source": name, "source_sha256": checkpoint.file_digest(path)})
+    return model
+
+
 def from_published(
     state: Mapping[str, Tensor], *, reader: CRNN | None = None, corrected: bool = False
 ) -> Baseline:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lemma_fast.atomic import replacing
 from lemma_fast.checkpoint.files import (
@@ -141,7 +141,7 @@ def convert(source: str | Path, target: str | Path) -> LEMMA:
     return model
 
 
-def not_finite(model: LEMMA) -> list[str]:
+def not_finite(model: nn.Module) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 

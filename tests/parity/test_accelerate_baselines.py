@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from baseline_sizes import SMALL
 from closeness import FORWARD, assert_close
 from torch import nn
 
@@ -9,25 +10,16 @@ from lemma_fast import accelerate
 from lemma_fast.acceleration.blocks import FoldedBiGRU, FoldedUpsampler
 from lemma_fast.acceleration.layers import Conv
 from lemma_fast.baselines import Baseline, create_baseline
-from lemma_fast.config import CRNNConfig
 from lemma_fast.model.layers import DeviationNorm
 from lemma_fast.ops import extension
 
 HALF = 2e-2
-READER = CRNNConfig((8, 8, 8, 8, 16, 16, 16), hidden=16)
+# As wide as the C++ convolutions want it.
 SIZES = {
-    "bicubic": {},
-    "srcnn": {"channels": 16},
-    "srresnet": {"channels": 16, "blocks": 2},
-    "tsrn": {"channels": 16, "blocks": 2},
-    "tbsrn": {"channels": 16, "blocks": 2},
-    "pcan": {"channels": 16, "blocks": 2},
-    "tg": {"channels": 16, "blocks": 2},
-    "tatt": {"channels": 16, "blocks": 2, "crnn": READER},
-    "rcan": {"channels": 16, "groups": 2, "blocks": 2},
-    "san": {"channels": 16, "groups": 2, "blocks": 2},
-    "c3-stisr": {"channels": 16, "blocks": 2, "crnn": READER},
-}
+    name: {key: 2 if key == "blocks" else size for key, size in sizes.items()} | {"channels": 16}
+    for name, sizes in SMALL.items()
+    if name != "bicubic"
+} | {"bicubic": {}}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

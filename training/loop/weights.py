@@ -8,12 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lemma_fast import baselines, checkpoint
 from lemma_fast.baselines import Baseline
 from lemma_fast.baselines.reading import ReadingFrame
-from lemma_fast.checkpoint.files import config_to_json, load_strictly, read_weights, save_weights
+from lemma_fast.baselines.registry import recognized
+from lemma_fast.checkpoint.files import (
+    CheckpointError,
+    config_to_json,
+    load_strictly,
+    read_weights,
+    save_weights,
+)
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.crnn_prior import CRNNPrior
@@ -80,7 +87,7 @@ def start(network: nn.Module, settings: Settings) -> None:
             if isinstance(network, LEMMA):
                 load_strictly(network, checkpoint.load(path).state_dict(), str(path))
             else:
-                load_strictly(network, read_weights(path)[0], str(path))
+                load_strictly(network, weights_of(network, path), str(path))
         if wanted.prior:
             paths = [settings.path(name) for name in wanted.prior]
             if isinstance(network, ReadingFrame):
@@ -92,6 +99,21 @@ def start(network: nn.Module, settings: Settings) -> None:
     except FileNotFoundError as error:
         name = error.filename or str(error)
         raise SettingsError(f"start: there is no {name}; train the stage before") from error
+
+
+def weights_of(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file for `network`, under our names where they are a baseline's published.
+
+    A published network that reads has no reader; it keeps its own, which `start.prior` is for.
+    """
+    state, _ = read_weights(path)
+    if not isinstance(network, Baseline) or recognized(state) is None:
+        return state
+    reader = network.reader if isinstance(network, ReadingFrame) else None
+    try:
+        return baselines.from_published(state, reader=reader).state_dict()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_reader(network: ReadingFrame, paths: Sequence[Path]) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from baseline_sizes import SMALL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_training import stage_of, write_baselines, write_config, write_set
@@ -19,7 +20,6 @@ from lemma_fast.baselines import (
     open_network,
     save_baseline,
 )
-from lemma_fast.config import CRNNConfig
 from lemma_fast.devices import device_of
 from lemma_fast.training.cli import app
 from lemma_fast.training.data.batches import EncodedCrops, split
@@ -31,22 +31,6 @@ from lemma_fast.training.loop.folder import read_curves
 from lemma_fast.training.loop.stages import RestorationStage
 from lemma_fast.training.losses.lemma import gradient_profile, gradient_profile_loss
 from lemma_fast.training.networks import super_resolve
-
-CRNN_SIZES = CRNNConfig((4, 4, 4, 4, 8, 8, 8), hidden=8)
-SMALL = {
-    "bicubic": {},
-    "srcnn": {"channels": 8},
-    "srresnet": {"channels": 8, "blocks": 1},
-    "tsrn": {"channels": 8, "blocks": 1},
-    "tbsrn": {"channels": 8, "blocks": 1},
-    "pcan": {"channels": 8, "blocks": 2},
-    "tg": {"channels": 8, "blocks": 1},
-    "tatt": {"channels": 8, "blocks": 1, "crnn": CRNN_SIZES},
-    "rcan": {"channels": 16, "groups": 1, "blocks": 1},
-    "san": {"channels": 16, "groups": 1, "blocks": 1},
-    "c3-stisr": {"channels": 8, "blocks": 1, "crnn": CRNN_SIZES},
-}
-
 
 # Networks this small only lose by more.
 pytestmark = pytest.mark.usefixtures("one_thread")
