@@ -20,7 +20,7 @@ from lemma_fast.model.prior import Language
 # Channels of a clue, inside its attention, and of the features that mix the clues.
 CLUE, _INNER = 32, 8
 _WIDTHS = (512, 128, 64, CLUE)
-_STRIDES = (2, 2, 2, (2, 1))
+_STRIDES: tuple[int | tuple[int, int], ...] = (2, 2, 2, (2, 1))
 _PADDINGS = (0, 0, 1, 1)
 _TAPS = 9
 
