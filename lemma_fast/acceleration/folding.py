@@ -68,8 +68,9 @@ def conv(convolution: nn.Conv2d, norm: nn.Module | None = None) -> Affine:
 
 
 def linear(layer: nn.Linear) -> Affine:
-    """Parameters of a linear layer that has a bias."""
-    return Affine(wide(layer.weight), wide(layer.bias))
+    """Parameters of a linear layer; zeros for a bias that it lacks."""
+    weight, bias = wide(layer.weight), dict(layer.named_parameters()).get("bias")
+    return Affine(weight, weight.new_zeros(len(weight)) if bias is None else wide(bias))
 
 
 def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

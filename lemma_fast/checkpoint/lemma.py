@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lemma_fast.atomic import replacing
 from lemma_fast.checkpoint.files import (
@@ -76,12 +76,19 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
     if is_safetensors(path):
         model = _load_ours(path)
     else:
-        try:
-            content = unpickled(path)
-            model = from_published(named_tensors(path, content), _carried_config(content))
-        except (ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
-            raise CheckpointError(_prefixed(path, error)) from error
+        model = open_published(path, unpickled(path))
     return model.to(device).eval()
+
+
+def open_published(path: Path, content: object) -> LEMMA:
+    """The network of a published checkpoint, of which `content` is unpickled.
+
+    Raises CheckpointError that begins with `path`.
+    """
+    try:
+        return from_published(named_tensors(path, content), _carried_config(content))
+    except (ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(_prefixed(path, error)) from error
 
 
 def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:
@@ -136,7 +143,7 @@ def convert(source: str | Path, target: str | Path) -> LEMMA:
     return model
 
 
-def not_finite(model: LEMMA) -> list[str]:
+def not_finite(model: nn.Module) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 

@@ -10,6 +10,7 @@ MODEL_HELP = (
     "A packaged name, a .safetensors written by lemma-fast, a published .pth, or a Hugging Face "
     "Hub id. A packaged name is never a file: write ./small for a file of that name."
 )
+ANY_MODEL_HELP = f"{MODEL_HELP} Also the file of a network of the paper's Table 3, and bicubic."
 
 
 def one_of(*words: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Optional, cast
 import typer
 
 from lemma_fast.cli.exits import fail, interruptible, misused
-from lemma_fast.cli.options import MODEL_HELP, one_of
+from lemma_fast.cli.options import ANY_MODEL_HELP, one_of
 from lemma_fast.outputs import OutputError
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def upscale(
     model: Annotated[
         str,
         typer.Option(
-            help=MODEL_HELP,
+            help=ANY_MODEL_HELP,
             rich_help_panel="Network",
         ),
     ] = "small",

@@ -37,7 +37,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def idle(monkeypatch):
     """No command may begin its work."""
-    for name in ("checkpoint.load", "checkpoint.convert", "bench.run.run", "upscale.load"):
+    for name in ("checkpoint.load", "baselines.convert", "bench.run.run", "upscale.open_network"):
         monkeypatch.setattr(f"lemma_fast.{name}", lambda *_, **__: pytest.fail("it began"))
 
 

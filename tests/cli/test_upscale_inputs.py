@@ -63,7 +63,7 @@ def test_where_no_input_is_there_no_network_is_loaded(run, tmp_path, monkeypatch
     def refuse(name, device):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("lemma_fast.upscale.load", refuse)
+    monkeypatch.setattr("lemma_fast.upscale.open_network", refuse)
     (tmp_path / "empty").mkdir()
     ran = run(
         "upscale", *(tmp_path / name for name in ("a.png", "z*.png", "empty")), "--jsonl", "-"

@@ -114,7 +114,9 @@ def test_bad_usage_exits_with_two(run, crop, tmp_path, names, arguments, reason,
     if "--device" in arguments:
         from lemma_fast.upscale import choose_device
 
-        monkeypatch.setattr("lemma_fast.upscale.load", lambda name, device: choose_device(device))
+        monkeypatch.setattr(
+            "lemma_fast.upscale.open_network", lambda name, device: choose_device(device)
+        )
     path = crop("word.png")
     before = path.read_bytes()
     ran = run("upscale", *(text.format(crop=path, folder=tmp_path) for text in arguments))
@@ -129,7 +131,7 @@ def test_a_checkpoint_that_does_not_load_is_one_sentence(run, crop, monkeypatch)
     def refuse(name, device):
         raise CheckpointError("no weights named 'small': get some")
 
-    monkeypatch.setattr("lemma_fast.upscale.load", refuse)
+    monkeypatch.setattr("lemma_fast.upscale.open_network", refuse)
     ran = run("upscale", crop("word.png"))
     assert ran.code == 2
     assert ran.err == "error: no weights named 'small': get some"
@@ -144,7 +146,7 @@ def test_asking_the_hub_is_said_and_its_retries_are_not(run, crop, tmp_path, mon
         heard.append(hub.get_logger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING))
         raise CheckpointError("refused")
 
-    monkeypatch.setattr("lemma_fast.upscale.load", refuse)
+    monkeypatch.setattr("lemma_fast.upscale.open_network", refuse)
     monkeypatch.chdir(tmp_path)
     before = hub.get_verbosity()
     said = "some/one is not a local file; asking the Hugging Face Hub"

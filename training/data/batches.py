@@ -21,19 +21,21 @@ from lemma_fast.training.data.labels import (
     encode_prior_labels,
 )
 from lemma_fast.training.data.pairs import Crop, PairDataset, TextZoomDataset, hold_out
+from lemma_fast.training.data.strokes import encode_stroke_labels
 from lemma_fast.training.data.verdicts import Verdicts
 from lemma_fast.training.settings.schema import DataSettings
 from lemma_fast.training.settings.values import SettingsError
 
-#: Names of the encodings of labels: `Batch.focus`, `Batch.prior_ids`, `Batch.ctc`.
-Encoding = Literal["focus", "prior", "ctc"]
+#: Names of the encodings of labels: `Batch.focus`, `.prior_ids`, `.ctc` and `.strokes`.
+Encoding = Literal["focus", "prior", "ctc", "strokes"]
 
 
 class Batch(NamedTuple):
     """Crops as stored, uint8 lr [N, 3, 16, 64] and hr [N, 3, 32, 128], and their labels.
 
     `with_mask` makes network inputs of them, on the device. Encodings of the labels are for the
-    text-focus Transformer, for the prior (N, T), and for CTC; None where no one asked for them.
+    text-focus Transformer, for the prior (N, T), for CTC, and for the recogniser of strokes; None
+    where no one asked for them.
     """
 
     lr: Tensor
@@ -42,6 +44,7 @@ class Batch(NamedTuple):
     focus: FocusLabels | None = None
     prior_ids: Tensor | None = None
     ctc: CTCLabels | None = None
+    strokes: FocusLabels | None = None
 
 
 def mix(*numbers: int) -> int:
@@ -112,7 +115,7 @@ class EncodedCrops(Dataset[Batch]):
             crops = crops.dataset  # type: ignore[assignment]
         assert isinstance(crops, PairDataset)
         lr, hr, labels, _ = crops.raw(positions)
-        focus = prior_ids = ctc = None
+        focus = prior_ids = ctc = strokes = None
         if "focus" in self.encodings:
             longest = max(len(filter_label(label)) for label in labels)
             # one shape for nearly all batches
@@ -121,7 +124,9 @@ class EncodedCrops(Dataset[Batch]):
             prior_ids = encode_prior_labels(labels, self.length, filtered=self.filtered)
         if "ctc" in self.encodings:
             ctc = encode_ctc_labels(labels)
-        return Batch(lr, hr, labels, focus, prior_ids, ctc)
+        if "strokes" in self.encodings:
+            strokes = encode_stroke_labels(labels)
+        return Batch(lr, hr, labels, focus, prior_ids, ctc, strokes)
 
 
 def open_sets(

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lemma_fast.baselines import Baseline
 from lemma_fast.compare import overlay, sheet
+from lemma_fast.devices import device_of
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import Prior
 from lemma_fast.recognizers import Recognizer
 from lemma_fast.training.data.pairs import HR_SIZE, PairDataset
 from lemma_fast.training.evaluation.evaluate import ROWS, Subset, views
-from lemma_fast.training.networks import device_of
 
 _PANEL = (2 * HR_SIZE[1], 2 * HR_SIZE[0])
 

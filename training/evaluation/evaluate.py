@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.baselines import Baseline
+from lemma_fast.devices import device_of
 from lemma_fast.model import LEMMA
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import Prior, TextPrior
@@ -32,7 +33,7 @@ from lemma_fast.training.evaluation.metrics import (
 )
 from lemma_fast.training.evaluation.readings import Readings, crop_keys
 from lemma_fast.training.failures import is_lack_of_memory
-from lemma_fast.training.networks import device_of, super_resolve
+from lemma_fast.training.networks import super_resolve
 
 Protocol = Literal["corrected", "official"]
 #: What is compared, in the order of every table.

@@ -209,8 +209,7 @@ class Run:
         self.optimizer.zero_grad()
         self.fabric.backward(settings.loss.scale * terms["loss"])
         if settings.optimizer.clip is not None:
-            learned = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(learned, settings.optimizer.clip)
+            torch.nn.utils.clip_grad_norm_(self.stage.clipped(), settings.optimizer.clip)
         self.optimizer.step()
         self.schedule.step()
         self.step += 1

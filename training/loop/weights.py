@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lemma_fast import baselines, checkpoint
 from lemma_fast.baselines import Baseline
+from lemma_fast.baselines.reading import ReadingFrame
+from lemma_fast.baselines.registry import recognized
 from lemma_fast.checkpoint.files import (
+    CheckpointError,
     config_of,
     config_to_json,
     is_safetensors,
@@ -24,7 +27,7 @@ from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import TextPrior
-from lemma_fast.recognizers import CRNN, TextFocus
+from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
 from lemma_fast.training.loop.interpolation import start_from_interpolation
 from lemma_fast.training.settings.schema import Settings
 from lemma_fast.training.settings.values import SettingsError
@@ -86,14 +89,42 @@ def start(network: nn.Module, settings: Settings) -> None:
             if isinstance(network, LEMMA):
                 load_strictly(network, checkpoint.load(path).state_dict(), str(path))
             else:
-                load_strictly(network, read_weights(path)[0], str(path))
+                load_strictly(network, weights_of(network, path), str(path))
         if wanted.prior:
-            if not isinstance(network, LEMMA):
+            paths = [settings.path(name) for name in wanted.prior]
+            if isinstance(network, ReadingFrame):
+                load_reader(network, paths)
+            elif isinstance(network, LEMMA):
+                load_prior(network, paths)
+            else:
                 raise SettingsError(f"start.prior means nothing to stage {settings.stage}")
-            load_prior(network, [settings.path(name) for name in wanted.prior])
     except FileNotFoundError as error:
         name = error.filename or str(error)
         raise SettingsError(f"start: there is no {name}; train the stage before") from error
+
+
+def weights_of(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file for `network`, under our names where they are a baseline's published.
+
+    A published network that reads has no reader; it keeps its own, which `start.prior` is for.
+    """
+    state, _ = read_weights(path)
+    if not isinstance(network, Baseline) or recognized(state) is None:
+        return state
+    reader = network.reader if isinstance(network, ReadingFrame) else None
+    try:
+        return baselines.from_published(state, reader=reader).state_dict()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load_reader(network: ReadingFrame, paths: Sequence[Path]) -> None:
+    """Load a CRNN into a network of Table 3 that reads; raises ValueError where it does not fit."""
+    if len(paths) != 1:
+        raise SettingsError(f"start.prior is one CRNN, not {len(paths)} files")
+    reader = load_recognizer("crnn", paths[0], device="cpu")
+    assert isinstance(reader, CRNN)
+    load_strictly(network.reader, reader.state_dict(), str(paths[0]))
 
 
 def load_prior(network: LEMMA, paths: Sequence[Path]) -> None:

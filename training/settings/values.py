@@ -240,3 +240,11 @@ def _check_plain(value: Any, name: str, above: list[int], checked: set[int]) -> 
     for item in value.values() if isinstance(value, dict) else value:
         _check_plain(item, name, [*above, id(value)], checked)
     checked.add(id(value))
+
+
+def preset(presets: Mapping[str, T], values: Values, at: str) -> T:
+    """Take `preset` out of `values`; the first one is the default."""
+    name = values.pop("preset", next(iter(presets)))
+    if not isinstance(name, str) or name not in presets:
+        raise SettingsError(f"{at}.preset is one of {', '.join(presets)}; not {shown(name)}")
+    return presets[name]
