@@ -14,9 +14,12 @@ from aot import Case
 from recorded_launches import Launch, record
 from torch import Tensor
 
+from lemma_fast.kernels.add_norm import add_norm
+from lemma_fast.kernels.bias_act import bias_act
 from lemma_fast.ops import fused
 from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
+CHANNELS_LAST, ROWS = torch.channels_last, torch.contiguous_format
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The paper's: images, channels, map, characters, selected positions.
 N, C, H, W, T, K = 64, 64, 16, 64, 26, 500
@@ -96,6 +99,28 @@ def _location_enhance(
     _gradients(fused.location_enhance(logits, features))
 
 
+def _bias_act(dtype: torch.dtype, kind: str) -> None:
+    """As the network has it: a sum with a ReLU, a mish, a PReLU, upsampling."""
+    y, add = torch.zeros(2, 2, C, H, W, dtype=dtype).unbind()
+    y, add = (x.contiguous(memory_format=CHANNELS_LAST) for x in (y, add))
+    bias, slope = torch.zeros(C, dtype=dtype), torch.zeros(1, dtype=dtype)
+    match kind:
+        case "sum and ReLU":
+            bias_act(y, bias, add, "relu")
+        case "mish":
+            bias_act(y, bias, activation="mish")
+        case "PReLU":
+            bias_act(y, bias, slope=slope)
+        case "upsampled":
+            bias_act(y, bias, add, "relu", add_last=True, size=(2 * H, 2 * W))
+
+
+def _add_norm(dtype: torch.dtype, columns: int) -> None:
+    rows = torch.zeros(2, 256, columns, dtype=dtype)
+    weight = torch.zeros(columns, dtype=dtype)
+    add_norm(rows, rows.clone(), weight, weight.clone())
+
+
 Steps = dict[str, Callable[[], None]]
 
 
@@ -107,8 +132,8 @@ def _both(step: Callable[[torch.dtype, bool], None], *names: str) -> Steps:
     }
 
 
-CHANNELS_LAST, ROWS = torch.channels_last, torch.contiguous_format
 BF16, FP32 = torch.bfloat16, torch.float32
+EPILOGUES = ("sum and ReLU", "mish", "PReLU", "upsampled")
 GROUPS: dict[str, Steps] = {
     "bigru": _both(_bigru, "bf16", "fp32"),
     "bigru fp16": {"fp16 inference": partial(_bigru, torch.float16, train=False)},
@@ -123,6 +148,15 @@ GROUPS: dict[str, Steps] = {
         "bf16 training": partial(_gather_region, BF16),
         "fp32 training": partial(_gather_region, FP32),
         "fp32 one image": partial(_gather_region, FP32, images=1),
+    },
+    "bias_act": {
+        **{f"bf16 {kind}": partial(_bias_act, BF16, kind) for kind in EPILOGUES},
+        "fp32 sum and ReLU": partial(_bias_act, FP32, "sum and ReLU"),
+    },
+    "add_norm": {
+        "bf16 512": partial(_add_norm, BF16, 512),
+        "bf16 64": partial(_add_norm, BF16, 64),
+        "fp32 512": partial(_add_norm, FP32, 512),
     },
     "location_enhance": {
         "fp32": partial(_location_enhance, FP32, ROWS),

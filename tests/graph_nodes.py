@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import cudnn_stand_in  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lemma_fast import LEMMA, LemmaConfig
+from lemma_fast.acceleration import epilogues
 from lemma_fast.acceleration.layers import Plan
 from lemma_fast.acceleration.swap import folded
 from lemma_fast.ops import adafm
@@ -92,9 +95,8 @@ class Log(TorchDispatchMode):
         name = str(func)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if name == "aten.convolution.default" and channels_last(given[0]):
-            # FakeTensors of torch 2.11 forget it.
-            out = out.contiguous(memory_format=torch.channels_last)
+        if name == "aten.convolution.default":
+            out = laid_out(out, *given[:2])
         if func.is_view or NOTHING.match(name):
             return out
         from_host = any(x.device.type == "cpu" and x.dim() for x in given)
@@ -146,6 +148,12 @@ def channels_last(x: Tensor) -> bool:
     )
 
 
+def laid_out(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Lay a convolution's result out as cuDNN does; a CPU build's FakeTensors do not."""
+    last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+    return out.contiguous(memory_format=torch.channels_last) if last else out
+
+
 def layout_copies(name: str, given: list[Tensor], made: list[Tensor]) -> int:
     """Copies of a map to the other layout."""
     if name == "lemma_fast.adafm_inference.default":
@@ -169,7 +177,8 @@ def count(dtype: torch.dtype, batches: tuple[int, ...] = (64,)) -> list[Log]:
     logs = []
     # Without an index a PyTorch for the CPU would ask which device is the present one.
     device = torch.device("cuda", 0)
-    plan = Plan(device, dtype, packed=False, cpp=False, fused=True, compiled=True)
+    cudnn = dtype in epilogues.DTYPES
+    plan = Plan(device, dtype, packed=False, cpp=False, fused=True, compiled=True, cudnn=cudnn)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),

@@ -14,15 +14,23 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from unittest import mock
 
 import fake_device
 import torch
 from torch import Tensor
 
+# For FakeTensors: a PyTorch for the CPU has no shape of it.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cudnn_stand_in  # noqa: F401
+
 import lemma_fast
 from lemma_fast import LEMMA, LemmaConfig
-from lemma_fast.ops import adafm, extension, fused
+from lemma_fast.acceleration import epilogues
+from lemma_fast.kernels.add_norm import add_norm
+from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.ops import Activation, adafm, extension, fused
 from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
 Runs = Iterator[str]
@@ -129,6 +137,20 @@ def gather_region(C: int, D: int, rows: int, dtype: torch.dtype) -> None:
     fused.gather_region(features, index, weight, bias, positions).sum().backward()
 
 
+def epilogue(D: int, dtype: torch.dtype, activation: Activation, times: int) -> None:
+    shape = (2, 9, 7, D)
+    y, add = (torch.empty(shape, dtype=dtype, device="cuda").permute(0, 3, 1, 2) for _ in "ya")
+    bias, slope = torch.empty(2, D, dtype=dtype, device="cuda").unbind()
+    slope = slope[:1] if activation == "none" else None
+    bias_act(y, bias, add, activation, slope, times > 1, (9 * times, 7 * times))
+
+
+def norm(C: int, dtype: torch.dtype) -> None:
+    y = torch.empty(2, 3, C, dtype=dtype, device="cuda")
+    weight = torch.empty(C, dtype=dtype, device="cuda")
+    add_norm(y, y[0], weight, weight)
+
+
 # C, heads and width of the MLP, with gradients; each takes half a minute to compile. In fp32 the
 # largest needs more shared memory than sm_120 has.
 ATTENTION = {
@@ -136,6 +158,9 @@ ATTENTION = {
     90: {"bf16": (128, 8, 256)},
     120: {"bf16": (128, 1, 256), "fp32": (128, 8, 128)},
 }
+
+
+EPILOGUES: dict[Activation, int] = {"none": 1, "relu": 2, "mish": 1}
 
 
 def corners() -> Runs:
@@ -151,6 +176,12 @@ def corners() -> Runs:
             yield f"sparse_cross_attention {precision} C={C} heads={heads} F={feedforward}"
         if precision == "tf32":
             continue
+        for D, (activation, times) in product((1, 37, 2048), EPILOGUES.items()):
+            epilogue(D, dtype, activation, times)
+            yield f"bias_act {precision} D={D} {activation} x{times}"
+        for C in (1, 33, 4096):
+            norm(C, dtype)
+            yield f"add_norm {precision} C={C}"
         gather_region(256, 256, 1024, dtype)
         yield f"gather_region {precision} C=256 D=256 K=1024"
         compress_select(26, 64, 128, dtype)
@@ -202,6 +233,10 @@ def main() -> None:
     build = extension.build_info()
     extension.build_info = lambda: {**build, "cuda": "any"}
     adafm._folded_bytes = adafm._saved_bytes = lambda *sizes: 1
+    # Nor has it cuDNN, which takes half types.
+    epilogues.cudnn_missing = lambda device, dtype: (
+        None if dtype in epilogues.DTYPES else "it is for half types"
+    )
     done: dict[str, object] = {}
     with fake_device.fake_device() as launches:
         if sys.argv[1] == "refused":

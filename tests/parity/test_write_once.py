@@ -17,6 +17,8 @@ from shadow_memory import watch
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
+from lemma_fast.kernels.add_norm import add_norm
+from lemma_fast.kernels.bias_act import bias_act
 from lemma_fast.ops import fused
 from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
@@ -80,6 +82,19 @@ def step_sparse_cross_attention() -> None:
     backward(fused.sparse_cross_attention(text, selected, index, (5, 7), *layers, 2, dropout=0.3))
 
 
+def step_bias_act(size: tuple[int, int]) -> None:
+    """More numbers than a program has, and a part of another program's."""
+    y, add = torch.randn(2, 2, 37, 5, 6).unbind()
+    y, add = (x.contiguous(memory_format=torch.channels_last) for x in (y, add))
+    bias_act(y, torch.randn(37), add, slope=torch.rand(1), size=size)
+
+
+def step_add_norm() -> None:
+    """Rows that fill no block, on fewer rows of the residual."""
+    rows = torch.randn(2, 35, 40)
+    add_norm(rows, rows[0].clone(), torch.randn(40), torch.randn(40))
+
+
 BIGRU = {
     "_forward": {"out"},
     "_backward": {"gates"},
@@ -115,6 +130,11 @@ STEPS = [
         for layout in LAYOUTS
     ),
     ("sparse_cross_attention", step_sparse_cross_attention, (), ATTENTION),
+    *(
+        (f"bias_act {size}", step_bias_act, (size,), {"_bias_act": {"out"}})
+        for size in ((5, 6), (10, 18))
+    ),
+    ("add_norm", step_add_norm, (), {"_add_norm": {"out"}}),
 ]
 
 
