@@ -16,6 +16,9 @@ from torch import Tensor
 
 from lemma_fast.kernels.add_norm import add_norm
 from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.kernels.cloze_attention import cloze_attention
+from lemma_fast.kernels.position_attention import position_attention, split
+from lemma_fast.kernels.read_characters import read_characters, valid_lengths
 from lemma_fast.ops import fused
 from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
@@ -23,6 +26,7 @@ CHANNELS_LAST, ROWS = torch.channels_last, torch.contiguous_format
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The paper's: images, channels, map, characters, selected positions.
 N, C, H, W, T, K = 64, 64, 16, 64, 26, 500
+CLASSES = 37
 
 
 def _gradients(out: Tensor | tuple[Tensor, ...]) -> None:
@@ -115,6 +119,23 @@ def _bias_act(dtype: torch.dtype, kind: str) -> None:
             bias_act(y, bias, add, "relu", add_last=True, size=(2 * H, 2 * W))
 
 
+def _position_attention(dtype: torch.dtype) -> None:
+    width = 8 * C
+    keys = torch.zeros(2, H * W // 4, width, dtype=dtype)
+    queries = split(torch.zeros(T, width), dtype)
+    position_attention(keys, torch.zeros(width, dtype=dtype), queries, keys.clone())
+
+
+def _read_characters(dtype: torch.dtype, alone: bool) -> None:
+    logits = torch.zeros(2, T, CLASSES, dtype=dtype)
+    (valid_lengths if alone else read_characters)(logits, 2)
+
+
+def _cloze_attention(dtype: torch.dtype) -> None:
+    q, k, v = torch.zeros(2, T, 24 * C, dtype=dtype).chunk(3, dim=2)
+    cloze_attention(q, k, v, torch.zeros(2, dtype=torch.int64), 8)
+
+
 def _add_norm(dtype: torch.dtype, columns: int) -> None:
     rows = torch.zeros(2, 256, columns, dtype=dtype)
     weight = torch.zeros(columns, dtype=dtype)
@@ -153,6 +174,12 @@ GROUPS: dict[str, Steps] = {
         **{f"bf16 {kind}": partial(_bias_act, BF16, kind) for kind in EPILOGUES},
         "fp32 sum and ReLU": partial(_bias_act, FP32, "sum and ReLU"),
     },
+    "position_attention": {"bf16": partial(_position_attention, BF16)},
+    "read_characters": {
+        "bf16": partial(_read_characters, BF16, alone=False),
+        "bf16 lengths alone": partial(_read_characters, BF16, alone=True),
+    },
+    "cloze_attention": {name: partial(_cloze_attention, TYPES[name]) for name in ("bf16", "fp32")},
     "add_norm": {
         "bf16 512": partial(_add_norm, BF16, 512),
         "bf16 64": partial(_add_norm, BF16, 64),

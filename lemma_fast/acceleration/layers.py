@@ -9,6 +9,7 @@ copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -149,6 +150,21 @@ class Conv(nn.Module):
     def _sloped(self, x: Tensor) -> Tensor:
         return x if self.slope is None else F.prelu(x, self.slope)
 
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolve on CUDA, without what follows."""
+        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+    def upsampled(self, x: Tensor, size: Sequence[int], add: Tensor | None = None) -> Tensor:
+        """With the fused kernels: activation(conv(x)) + `add`, to the nearest in `size`."""
+        from lemma_fast.kernels.bias_act import bias_act
+
+        x, (height, width) = self.convolve(x), size
+        rest = (self.bias, add, self.activation, self.slope, True)
+        if height % x.shape[2] or width % x.shape[3]:
+            # The nearest depend on how a quotient rounds.
+            return F.interpolate(bias_act(x, *rest), size=(height, width))
+        return bias_act(x, *rest, (height, width))
+
     def _fused(self, x: Tensor, add: Tensor | None) -> Tensor:
         from lemma_fast.kernels.bias_act import bias_act
 
@@ -157,7 +173,7 @@ class Conv(nn.Module):
             # not yet written, as a summand times zero, and what lies there may be NaN.
             where = (self.stride, self.padding, [1, 1], 1)
             return torch.cudnn_convolution_add_relu(x, self.weight, add, 1.0, self.bias, *where)
-        x = F.conv2d(x, self.weight, None, self.stride, self.padding)
+        x = self.convolve(x)
         if (self.bias, add, self.slope) == (None, None, None) and self.activation == "none":
             return x
         return bias_act(x, self.bias, add, self.activation, self.slope)
@@ -241,7 +257,14 @@ class Heads(nn.Module):
             attended = scores.softmax(dim=3) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = self._normed(0, self.out, attended.transpose(1, 2).flatten(2), x)
+        return self.finish(x, attended.transpose(1, 2).flatten(2))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """From `x` and what its queries saw [N, L, C] to the layer's result [N, L, C].
+
+        With the fused kernels `x` may be [L, C], the same for all images.
+        """
+        x = self._normed(0, self.out, attended, x)
         return self._normed(1, self.back, self.hidden(x), x)
 
     def _normed(self, number: int, product: Product, rows: Tensor, x: Tensor) -> Tensor:

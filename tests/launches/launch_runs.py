@@ -30,6 +30,9 @@ from lemma_fast import LEMMA, LemmaConfig
 from lemma_fast.acceleration import epilogues
 from lemma_fast.kernels.add_norm import add_norm
 from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.kernels.cloze_attention import cloze_attention
+from lemma_fast.kernels.position_attention import position_attention
+from lemma_fast.kernels.read_characters import read_characters, valid_lengths
 from lemma_fast.ops import Activation, adafm, extension, fused
 from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
@@ -151,6 +154,23 @@ def norm(C: int, dtype: torch.dtype) -> None:
     add_norm(y, y[0], weight, weight)
 
 
+def places(P: int, C: int, dtype: torch.dtype) -> None:
+    keys = torch.empty(2, P, C, dtype=dtype, device="cuda")
+    halves = torch.empty(2, 32, C, dtype=dtype, device="cuda")
+    position_attention(keys, torch.empty(C, dtype=dtype, device="cuda"), halves, keys)
+
+
+def characters(T: int, classes: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(2, T, classes, dtype=dtype, device="cuda")
+    read_characters(logits, 2)
+    valid_lengths(logits, 2)
+
+
+def cloze(T: int, width: int, dtype: torch.dtype) -> None:
+    q, k, v = torch.empty(2, T, 6 * width, dtype=dtype, device="cuda").chunk(3, dim=2)
+    cloze_attention(q, k, v, torch.empty(2, dtype=torch.int64, device="cuda"), 2)
+
+
 # C, heads and width of the MLP, with gradients; each takes half a minute to compile. In fp32 the
 # largest needs more shared memory than sm_120 has.
 ATTENTION = {
@@ -174,8 +194,17 @@ def corners() -> Runs:
             C, heads, feedforward = ATTENTION[fake_device.CAPABILITY][precision]
             sparse_cross_attention(C, heads, feedforward, dtype)
             yield f"sparse_cross_attention {precision} C={C} heads={heads} F={feedforward}"
+        for T, width in ((64, 128), (1, 1)):
+            cloze(T, width, dtype)
+            yield f"cloze_attention {precision} T={T} D={width}"
         if precision == "tf32":
             continue
+        for T, classes in ((128, 128), (1, 2)):
+            characters(T, classes, dtype)
+            yield f"read_characters {precision} T={T} classes={classes}"
+        for P, C in ((256, 512), (256, 2000), (1, 1)) if precision == "bf16" else ():
+            places(P, C, dtype)
+            yield f"position_attention {precision} P={P} C={C}"
         for D, (activation, times) in product((1, 37, 2048), EPILOGUES.items()):
             epilogue(D, dtype, activation, times)
             yield f"bias_act {precision} D={D} {activation} x{times}"

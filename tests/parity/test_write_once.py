@@ -19,6 +19,9 @@ from triton.runtime.errors import InterpreterError
 
 from lemma_fast.kernels.add_norm import add_norm
 from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.kernels.cloze_attention import cloze_attention
+from lemma_fast.kernels.position_attention import position_attention, split
+from lemma_fast.kernels.read_characters import read_characters, valid_lengths
 from lemma_fast.ops import fused
 from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
@@ -95,6 +98,23 @@ def step_add_norm() -> None:
     add_norm(rows, rows[0].clone(), torch.randn(40), torch.randn(40))
 
 
+def step_position_attention() -> None:
+    """Two programs an image: the vectors have more columns than one takes."""
+    keys, values = torch.randn(2, 2, 19, 144).half().unbind()
+    position_attention(keys, keys[0, 0].clone(), split(torch.randn(5, 144), torch.float16), values)
+
+
+def step_read_characters() -> None:
+    logits = torch.randn(3, 5, 7)
+    read_characters(logits, 2)
+    valid_lengths(logits, 2)
+
+
+def step_cloze_attention() -> None:
+    q, k, v = torch.randn(2, 5, 60).chunk(3, dim=2)
+    cloze_attention(q, k, v, torch.tensor([3, 5]), 4)
+
+
 BIGRU = {
     "_forward": {"out"},
     "_backward": {"gates"},
@@ -119,6 +139,8 @@ SELECT = {
     "_select": {"index"},
     "_score_backward": {"out"},
 }
+PLACES = {"_position_attention": {"vectors", "attention"}}
+READ = {"_read_characters": {"lengths", "rows", "wide"}}
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 STEPS = [
     *((f"bigru {axis}", step_bigru, (axis, LAYOUTS[axis - 2]), BIGRU) for axis in (2, 3)),
@@ -135,6 +157,9 @@ STEPS = [
         for size in ((5, 6), (10, 18))
     ),
     ("add_norm", step_add_norm, (), {"_add_norm": {"out"}}),
+    ("position_attention", step_position_attention, (), PLACES),
+    ("read_characters", step_read_characters, (), READ),
+    ("cloze_attention", step_cloze_attention, (), {"_cloze_attention": {"out"}}),
 ]
 
 
