@@ -42,7 +42,8 @@ def _read_characters(
     if ROWS:
         tl.store(wide + at * CLASSES + c[None, :], x, mask=inside)
         power = tl.exp(x - tl.where(t < T, tl.max(x, 1), 0.0)[:, None])
-        power = power / tl.sum(tl.where(inside, power, 0.0), 1)[:, None]
+        total = tl.where(t < T, tl.sum(tl.where(inside, power, 0.0), 1), 1.0)
+        power = power / total[:, None]
         place = (c[None, :] == CLASSES + t[:, None]).to(tl.float32)
         value = tl.where((c < CLASSES)[None, :], power, place).to(rows.dtype.element_ty)
         known = (t < T)[:, None] & (c < COLUMNS)[None, :]

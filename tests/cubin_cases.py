@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lemma_fast.kernels.add_norm import add_norm
 from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.kernels.bigru import bigru_add
 from lemma_fast.kernels.cloze_attention import cloze_attention
 from lemma_fast.kernels.position_attention import position_attention, split
 from lemma_fast.kernels.read_characters import read_characters, valid_lengths
@@ -142,6 +143,13 @@ def _add_norm(dtype: torch.dtype, columns: int) -> None:
     add_norm(rows, rows.clone(), weight, weight.clone())
 
 
+def _bigru_add(dtype: torch.dtype) -> None:
+    """The vertical GRU with the block's sum at its store."""
+    weights = BiGRUWeights(*torch.nn.GRU(C, C // 2, bidirectional=True).to(dtype).parameters())
+    features = torch.zeros(N, C, H, W, dtype=dtype).to(memory_format=CHANNELS_LAST)
+    bigru_add(features, features.clone(), 2, weights)
+
+
 Steps = dict[str, Callable[[], None]]
 
 
@@ -157,6 +165,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 EPILOGUES = ("sum and ReLU", "mish", "PReLU", "upsampled")
 GROUPS: dict[str, Steps] = {
     "bigru": _both(_bigru, "bf16", "fp32"),
+    "bigru add": {"bf16 sum": partial(_bigru_add, torch.bfloat16)},
     "bigru fp16": {"fp16 inference": partial(_bigru, torch.float16, train=False)},
     **{f"sparse_cross_attention {name}": _both(_sparse_cross_attention, name) for name in TYPES},
     "compress_select": {

@@ -135,9 +135,11 @@ class FoldedGuidance(nn.Module):
         positions = self.positions.expand(len(text), -1, -1)
         selected = ops.gather_region(enhanced, index, *self.region_weights, positions)
         heads = self.config.heads
-        return ops.sparse_cross_attention(
+        guidance = ops.sparse_cross_attention(
             text, selected, index, self.size, *self.layer_weights, heads
         )
+        # All blocks read it, as they read their features.
+        return guidance.contiguous(memory_format=torch.channels_last)
 
     def _text(self, prior: Prior, h_attn: Tensor) -> Tensor:
         looked = h_attn.flatten(2).to(self.resized_positions.dtype)

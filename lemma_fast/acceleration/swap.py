@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from lemma_fast.acceleration.blocks import CompiledAdaFM, FoldedAdaFM, FoldedBiGRU, FoldedUpsampler
+from lemma_fast.acceleration.blocks import FoldedBiGRU, FoldedUpsampler, FusedBlock, fusion
 from lemma_fast.acceleration.folding import Affine, conv, linear
 from lemma_fast.acceleration.guidance import ExactGuidance, FoldedGuidance
 from lemma_fast.acceleration.layers import Conv, Plan, Product, SelfAttention, conv_norm, stride
@@ -102,12 +102,14 @@ def swap(module: nn.Module, plan: Plan) -> nn.Module:
         case BiGRU():
             return FoldedBiGRU(module, plan)
         case AdaFM():
-            return CompiledAdaFM(module, plan) if plan.compiled else FoldedAdaFM(module, plan)
+            return fusion(module, plan)
         case Upsampler():
             return FoldedUpsampler(module, plan)
         case ResidualBlock() if plan.fused and module.shortcut is not None:
             residual_block(module, module.shortcut, plan)
             return module
+        case RecurrentBlock() if plan.fused and isinstance(module.fusion, AdaFM):
+            return FusedBlock(module, plan)
         case RecurrentBlock():
             # The norm lies before the GRU's input products.
             put(module, "horizontal", FoldedBiGRU(module.horizontal, plan, module.norm))

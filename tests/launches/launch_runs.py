@@ -30,6 +30,7 @@ from lemma_fast import LEMMA, LemmaConfig
 from lemma_fast.acceleration import epilogues
 from lemma_fast.kernels.add_norm import add_norm
 from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.kernels.bigru import bigru_add
 from lemma_fast.kernels.cloze_attention import cloze_attention
 from lemma_fast.kernels.position_attention import position_attention
 from lemma_fast.kernels.read_characters import read_characters, valid_lengths
@@ -93,6 +94,14 @@ def bigru(C: int, hidden: int, dtype: torch.dtype) -> None:
     shapes = ((3 * hidden, C), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,))
     weights = BiGRUWeights(*(empty(*shape, dtype=dtype) for shape in 2 * shapes))
     fused.bigru(empty(2, C, 16, 64, dtype=dtype), 3, weights).sum().backward()
+
+
+def bigru_sum(C: int, hidden: int, dtype: torch.dtype) -> None:
+    shapes = ((3 * hidden, C), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,))
+    weights = BiGRUWeights(*(empty(*shape, dtype=dtype) for shape in 2 * shapes))
+    with torch.no_grad():
+        add = empty(2, 2 * hidden, 16, 64, dtype=dtype)
+        bigru_add(empty(2, C, 16, 64, dtype=dtype), add, 2, weights)
 
 
 def sparse_cross_attention(C: int, heads: int, feedforward: int, dtype: torch.dtype) -> None:
@@ -189,6 +198,7 @@ def corners() -> Runs:
         dtype = use(precision)
         for C, hidden in ((128, 64), (64, 64), (128, 32))[: 1 if precision == "bf16" else 3]:
             bigru(C, hidden, dtype)
+            bigru_sum(C, hidden, dtype)
             yield f"bigru {precision} C={C} hidden={hidden}"
         if precision in ATTENTION[fake_device.CAPABILITY]:
             C, heads, feedforward = ATTENTION[fake_device.CAPABILITY][precision]

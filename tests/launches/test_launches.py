@@ -59,7 +59,7 @@ INFERENCE = {
     "read_characters._read_characters": 2,
 }
 BY_TYPE = {
-    True: {"bias_act._bias_act": 24, "position_attention._position_attention": 1},
+    True: {"bias_act._bias_act": 19, "position_attention._position_attention": 1},
     False: {"bias_act._bias_act": 69},
 }
 

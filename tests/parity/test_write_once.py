@@ -19,6 +19,7 @@ from triton.runtime.errors import InterpreterError
 
 from lemma_fast.kernels.add_norm import add_norm
 from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.kernels.bigru import bigru_add
 from lemma_fast.kernels.cloze_attention import cloze_attention
 from lemma_fast.kernels.position_attention import position_attention, split
 from lemma_fast.kernels.read_characters import read_characters, valid_lengths
@@ -37,6 +38,12 @@ def step_bigru(axis: int, layout: torch.memory_format) -> None:
     weights = BiGRUWeights(*torch.nn.GRU(5, 3, bidirectional=True).parameters())
     features = torch.randn(1, 5, 10, 19).to(memory_format=layout).requires_grad_()
     backward(fused.bigru(features, axis, weights))
+
+
+def step_bigru_add() -> None:
+    weights = BiGRUWeights(*torch.nn.GRU(5, 3, bidirectional=True).parameters())
+    features, add = torch.randn(1, 5, 4, 19), torch.randn(1, 6, 4, 19)
+    bigru_add(features.to(memory_format=torch.channels_last), add, 2, weights)
 
 
 def step_compress_select() -> None:
@@ -144,6 +151,7 @@ READ = {"_read_characters": {"lengths", "rows", "wide"}}
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 STEPS = [
     *((f"bigru {axis}", step_bigru, (axis, LAYOUTS[axis - 2]), BIGRU) for axis in (2, 3)),
+    ("bigru_add", step_bigru_add, (), {"_forward": {"out"}}),
     ("compress_select", step_compress_select, (), SELECT),
     ("gather_region", step_gather_region, (), GATHER),
     ("gather_region shares", step_gather_region_shares, (), GATHER),
