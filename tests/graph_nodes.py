@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,16 +105,24 @@ class Log(TorchDispatchMode):
         stage = ATTENTION if "sparse_cross_attention" in name else self.stage
         copied = layout_copies(name, given, made)
         self.copies[stage] += copied
-        self.nodes[stage, name] += launches(name, args, copied)
+        count = launches(name, args, copied)
+        self.nodes[stage, name] += count
+        self.note(stage, name, count, args, made)
         return out
+
+    def note(
+        self, stage: str, name: str, count: int, args: tuple[Any, ...], made: list[Tensor]
+    ) -> None:
+        """Hear of an operator's launches; for who wants to know more than their number."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """In place of PyTorch's, whose choice of a kernel asks the device; heads come out last."""
         count = 1 if attn_mask is None else MASKED_ATTENTION
-        self.nodes[self.stage, "attention" + ("" if attn_mask is None else ", masked")] += count
-        return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
-            1, 2
-        )
+        name = "attention" + ("" if attn_mask is None else ", masked")
+        self.nodes[self.stage, name] += count
+        made = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
+        self.note(self.stage, name, count, (q, k, v), [made])
+        return made.transpose(1, 2)
 
     @contextmanager
     def watching(self, network: nn.Module) -> Iterator[None]:
@@ -172,7 +180,9 @@ def launches(name: str, args: tuple[Any, ...], copied: int) -> int:
     return LAUNCHES.get(name, 1) + inside
 
 
-def count(dtype: torch.dtype, batches: tuple[int, ...] = (64,)) -> list[Log]:
+def count(
+    dtype: torch.dtype, batches: tuple[int, ...] = (64,), kind: Callable[[], Log] = Log
+) -> list[Log]:
     """Log the forward pass of the network `base` for each number of crops."""
     logs = []
     # Without an index a PyTorch for the CPU would ask which device is the present one.
@@ -191,7 +201,7 @@ def count(dtype: torch.dtype, batches: tuple[int, ...] = (64,)) -> list[Log]:
         with mock.patch("copy.deepcopy", lambda network: network):
             network = folded(LEMMA(LemmaConfig.base()).eval(), plan)
         for batch in batches:
-            log = Log()
+            log = kind()
             lr = torch.empty(batch, 4, 16, 64, device=plan.device)
             attention = mock.patch.object(F, "scaled_dot_product_attention", log.attention)
             with log.watching(network), attention, log:
