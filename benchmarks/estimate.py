@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import graph_nodes
-from graph_nodes import ATTENTION, STAGES, Log
+from graph_nodes import ATTENTION, LAUNCHES, STAGES, Log
 
 #: An H100 (SXM, 80 GB). The first two were measured on one; the others are estimates from compiled
 #: code and from what libraries reach on such shapes.
@@ -168,11 +168,12 @@ class Estimate(Log):
             shortest = constant("shortest product or attention, us")
         elif name.startswith("lemma_fast."):
             flops, work = ours(name, args, half)
-        # Further kernels of an operator pass once more over its result.
-        passes = count - 1 if not name.startswith("lemma_fast.") else 0
+        # Kernels beyond an operator's own pass once more over its result.
+        passes = count - LAUNCHES.get(name, 1)
         again = 2.0 * passes * sum(touched(x) for x in made)
-        time = max(shortest, max(work, moved * US) + constant("gap between nodes, us"))
-        time += max(passes * constant("shortest other node, us"), again * US + passes)
+        time = max(shortest, work, moved * US)
+        time += max(passes * constant("shortest other node, us"), again * US)
+        time += count * constant("gap between nodes, us")
         here = self.sums[stage]
         for key, value in (("bytes", moved + again), ("flops", flops), ("us", time)):
             here[key] += value
