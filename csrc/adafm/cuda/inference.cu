@@ -29,8 +29,9 @@ namespace {
 constexpr int kPoolMatrices = reduce_matrix(1);
 constexpr int kFuseMatrices = kGateMatrix - kPoolMatrices;
 
-// What both kernels take. `blocks` are those of one image. (As a __grid_constant__ it costs
-// fuse_kernel up to 70 registers more.)
+// What both kernels take. `blocks` are those of one image. `aligned` is of the two maps and the
+// result, `global_aligned` of what is folded, which always lies in rows of positions. (As a
+// __grid_constant__ it costs fuse_kernel up to 70 registers more.)
 template <class T>
 struct Arguments {
   const T *features, *guidance;
@@ -38,7 +39,7 @@ struct Arguments {
   int channels;
   int64_t positions;
   int blocks;
-  bool aligned;
+  bool aligned, global_aligned;
 };
 
 // A thread's own part of the two maps of its image.
@@ -89,6 +90,49 @@ struct Matrices {
   }
 };
 
+// A thread's numbers of two neighbouring channels in a channels-last map, [m][4] as one chunk has
+// them. With `view.aligned` pairs may be moved in one access.
+template <class T>
+__device__ void load_pairs(const View<T, Tile<T>::kRows>& view, const T* map, int channel,
+                           float (&values)[Tile<T>::kCount][4]) {
+#pragma unroll
+  for (int j = 0; j < Tile<T>::kRows; ++j) {
+    const bool inside = view.first + j < view.positions;
+    const T* from = map + (view.first + j) * view.channels + channel;
+    Row<T, 2> pair{{narrow<T>(0.0f), narrow<T>(0.0f)}};
+    if (view.aligned) {
+      if (inside && channel < view.channels) move_row<T, 2>(&pair, from);
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        if (inside && channel + i < view.channels) pair.values[i] = from[i];
+      }
+    }
+    values[j / 2][2 * (j % 2)] = widen(pair.values[0]);
+    values[j / 2][2 * (j % 2) + 1] = widen(pair.values[1]);
+  }
+}
+
+// And back: writes chunk `n` of an accumulator.
+template <class T>
+__device__ void store_pairs(const View<T, Tile<T>::kRows>& view, T* map, int n,
+                            const typename Tile<T>::Accumulator& accumulator) {
+  const int channel = chunk_channel(n);
+#pragma unroll
+  for (int j = 0; j < Tile<T>::kRows; ++j) {
+    if (view.first + j >= view.positions) continue;
+    const float (&values)[4] = accumulator[j / 2][n];
+    const Row<T, 2> pair{{narrow<T>(values[2 * (j % 2)]), narrow<T>(values[2 * (j % 2) + 1])}};
+    T* to = map + (view.first + j) * view.channels + channel;
+    if (view.aligned) {
+      if (channel < view.channels) move_row<T, 2>(to, &pair);
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        if (channel + i < view.channels) to[i] = pair.values[i];
+      }
+    }
+  }
+}
+
 // Starts a convolution with its bias.
 template <class T>
 __device__ void start_with_bias(typename Tile<T>::Accumulator& accumulator, const float* bias) {
@@ -105,7 +149,7 @@ __device__ void start_with_bias(typename Tile<T>::Accumulator& accumulator, cons
 
 // accumulator += a reducing convolution of both maps, which are read from memory while its matrices
 // are on their way.
-template <class T, bool Full>
+template <class T, bool Full, bool Last>
 __device__ void convolve_maps(typename Tile<T>::Accumulator& accumulator, const Inputs<T>& inputs,
                               Matrices<T>& matrices) {
   using Shape = Tile<T>;
@@ -117,7 +161,11 @@ __device__ void convolve_maps(typename Tile<T>::Accumulator& accumulator, const 
     for (int n = 0; n < kChunks; ++n) {
       const int channel = chunk_channel(n);
       float values[Shape::kCount][4];
-      widen_rows(inputs.view.load(map, channel), inputs.view.load(map, channel + 1), values);
+      if constexpr (Last) {
+        load_pairs<T>(inputs.view, map, channel, values);
+      } else {
+        widen_rows(inputs.view.load(map, channel), inputs.view.load(map, channel + 1), values);
+      }
 #pragma unroll
       for (int m = 0; m < Shape::kCount; ++m) fragments[n][m] = to_fragment<T>(values[m]);
     }
@@ -151,7 +199,7 @@ struct PoolShared {
 };
 
 // `pooled` [images * blocks, kChannels]: each block writes its own sums.
-template <class T, bool Full>
+template <class T, bool Full, bool Last>
 __global__ void __launch_bounds__(kThreads) pool_kernel(Arguments<T> given, float* pooled) {
   using Shape = Tile<T>;
   auto& shared = shared_memory<PoolShared<T>>();
@@ -162,20 +210,21 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(Arguments<T> given, floa
   typename Shape::Accumulator accumulator;
   FragmentA<T> hidden[kChunks][Shape::kCount];
   start_with_bias<T>(accumulator, folded.vectors + kReduceBias * kChannels);
-  convolve_maps<T, Full>(accumulator, inputs, matrices);
+  convolve_maps<T, Full, Last>(accumulator, inputs, matrices);
   const float slope = folded.vectors[kSlopes * kChannels];
   to_fragments<T>(hidden, accumulator, [&](float v, int) { return prelu(v, slope); });
   start_with_bias<T>(accumulator, folded.vectors + kProjectBias * kChannels);
   multiply<T, Full>(accumulator, hidden, matrices.next());
 
+  View<T, Shape::kRows> rows = inputs.view;
+  rows.aligned = given.global_aligned;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int n = 0; n < kChunks; ++n) {
     const int channel = chunk_channel(n);
     float weights[Shape::kCount][4];
     // Zero outside the map, so that what lies there does not count.
-    widen_rows(inputs.view.load(folded.global, channel),
-               inputs.view.load(folded.global, channel + 1), weights);
+    widen_rows(rows.load(folded.global, channel), rows.load(folded.global, channel + 1), weights);
     float even = 0, odd = 0;
 #pragma unroll
     for (int m = 0; m < Shape::kCount; ++m) {
@@ -241,7 +290,7 @@ __device__ void find_gate(FuseShared<T>& shared, const FoldedPointers<const T>& 
   // No barrier here: there is one in Matrices::next, before the gate is used.
 }
 
-template <class T, bool Full>
+template <class T, bool Full, bool Last>
 __global__ void __launch_bounds__(kThreads)
     fuse_kernel(Arguments<T> given, const float* pooled, T* out) {
   using Shape = Tile<T>;
@@ -259,7 +308,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int branch = 1; branch < kBranches; ++branch) {
     start_with_bias<T>(accumulator, folded.vectors + (kReduceBias + branch) * kChannels);
-    convolve_maps<T, Full>(accumulator, inputs, matrices);
+    convolve_maps<T, Full, Last>(accumulator, inputs, matrices);
     float slope = slopes[branch];
     to_fragments<T>(hidden, accumulator, [&](float v, int) { return prelu(v, slope); });
     // Of branch 2: gate * x_2 with x_2 = project_2 u_2, then u_4 = PReLU(reduce_4 (gate * x_2)).
@@ -275,7 +324,31 @@ __global__ void __launch_bounds__(kThreads)
     multiply<T, Full>(result, hidden, matrices.next());
   }
 #pragma unroll
-  for (int n = 0; n < kChunks; ++n) store_chunk<T>(inputs.view, out + inputs.offset, n, result);
+  for (int n = 0; n < kChunks; ++n) {
+    if constexpr (Last) {
+      store_pairs<T>(inputs.view, out + inputs.offset, n, result);
+    } else {
+      store_chunk<T>(inputs.view, out + inputs.offset, n, result);
+    }
+  }
+}
+
+// Whether pairs of channels may be moved in one access.
+template <class T>
+bool pairs_can_move(const CudaShape& shape, std::initializer_list<const void*> maps) {
+  bool aligned = shape.channels % 2 == 0;
+  for (const void* map : maps) {
+    aligned = aligned && reinterpret_cast<uintptr_t>(map) % (2 * sizeof(T)) == 0;
+  }
+  return aligned;
+}
+
+template <class T, bool Full, bool Last>
+const char* launch_both(dim3 grid, const Arguments<T>& given, float* pooled, T* out, void* stream) {
+  const char* error = launch(pool_kernel<T, Full, Last>, grid, kThreads, stream, given, pooled);
+  if (error != nullptr) return error;
+  const float* sums = pooled;
+  return launch(fuse_kernel<T, Full, Last>, grid, kThreads, stream, given, sums, out);
 }
 
 }  // namespace
@@ -288,8 +361,9 @@ size_t inference_workspace_bytes(const CudaShape& shape) {
   });
 }
 
-const char* inference_cuda(const CudaShape& shape, const void* features, const void* guidance,
-                           const void* folded, void* out, void* workspace, void* stream) {
+const char* inference_cuda(const CudaShape& shape, bool channels_last, const void* features,
+                           const void* guidance, const void* folded, void* out, void* workspace,
+                           void* stream) {
   if (const char* error = refuse(shape)) return error;
   if (shape.images == 0) return nullptr;
   return dispatch(shape, [&](auto variant) -> const char* {
@@ -298,18 +372,20 @@ const char* inference_cuda(const CudaShape& shape, const void* features, const v
     const int64_t blocks = blocks_an_image<T>(shape);
     const dim3 grid = grid_of(shape.images * blocks);
     if (grid.x == 0) return "AdaFM: too many positions for one launch";
+    const auto pointers = folded_pointers<const T>(shape, folded);
     const Arguments<T> given = {static_cast<const T*>(features),
                                 static_cast<const T*>(guidance),
-                                folded_pointers<const T>(shape, folded),
+                                pointers,
                                 static_cast<int>(shape.channels),
                                 shape.positions,
                                 static_cast<int>(blocks),
-                                rows_can_move<T>(shape, {features, guidance, out})};
+                                channels_last ? pairs_can_move<T>(shape, {features, guidance, out})
+                                              : rows_can_move<T>(shape, {features, guidance, out}),
+                                rows_can_move<T>(shape, {pointers.global})};
     float* pooled = static_cast<float*>(workspace);
-    const char* error = launch(pool_kernel<T, Full>, grid, kThreads, stream, given, pooled);
-    if (error != nullptr) return error;
-    return launch(fuse_kernel<T, Full>, grid, kThreads, stream, given, pooled,
-                  static_cast<T*>(out));
+    T* result = static_cast<T*>(out);
+    return channels_last ? launch_both<T, Full, true>(grid, given, pooled, result, stream)
+                         : launch_both<T, Full, false>(grid, given, pooled, result, stream);
   });
 }
 
