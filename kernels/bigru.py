@@ -31,8 +31,8 @@ from lemma_fast.ops.weights import BiGRUWeights
 
 
 @triton.jit
-def _forward(features, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines, strides,
-             out_strides, C, H: tl.constexpr, L: tl.constexpr, BLOCK_S: tl.constexpr,
+def _forward(features, add, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines, strides,
+             add_strides, out_strides, C, H: tl.constexpr, L: tl.constexpr, BLOCK_S: tl.constexpr,
              BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
              KEEP: tl.constexpr):  # fmt: skip
     DOT: tl.constexpr = features.dtype.element_ty
@@ -48,6 +48,9 @@ def _forward(features, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines
     source = features + n * strides[0] + c * strides[1] + line * strides[2]
     target = out + n * out_strides[0] + (reverse * H + j) * out_strides[1] + line * out_strides[2]
     inside = (s < S)[:, None]
+    if add is not None:
+        summand = add + n * add_strides[0] + line * add_strides[2]
+        summand += (reverse * H + j) * add_strides[1]
     first, last = (L - 1) * reverse, (L - 1) * (1 - reverse)
     # +1 or -1: the way a direction walks the axis
     step = 1 - 2 * reverse
@@ -58,30 +61,50 @@ def _forward(features, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, lines
         # The next input is asked for before this one is used.
         more = (s < tl.where(t == last, 0, S))[:, None] & (c < C)
         x_next = tl.load(source + (t + step) * strides[3], mask=more, other=0.0).to(DOT)
+        if add is not None:
+            addend = tl.load(summand + t * add_strides[3], mask=inside & (j < H), other=0.0)
         _, z, candidate, _ = compute_gates(x, h, kept, ih0, hh0, biases, i // (L + S), C, H,
                                            BLOCK_C, BLOCK_H, PRECISION, KEEP)  # fmt: skip
         h = (1 - z) * candidate + z * h
-        tl.store(target + t * out_strides[3], h, mask=inside & (j < H))
+        value = h
+        if add is not None:
+            value += addend.to(tl.float32)
+        tl.store(target + t * out_strides[3], value, mask=inside & (j < H))
         x = x_next
 
 
 @torch.library.custom_op("lemma_fast::bigru", mutates_args=())
 def _bigru(features: Tensor, axis: int, weights: list[Tensor]) -> Tensor:
-    out = empty_map(features, 2 * weights[1].shape[1])
-    S, sizes, blocks, keep = sizes_and_blocks(features, axis, weights)
-    weights = [weight.contiguous() for weight in weights]
-    with torch.cuda.device_of(features):
-        _forward[triton.cdiv(S, SEQUENCES), 2](
-            features, out, *weights, S, features.shape[5 - axis],
-            strides_along(features, axis), strides_along(out, axis), *sizes, *blocks, keep,
-            num_warps=WARPS[features.itemsize],
-        )  # fmt: skip
-    return out
+    return _run(features, None, axis, weights)
 
 
 @_bigru.register_fake
 def _(features: Tensor, axis: int, weights: list[Tensor]) -> Tensor:
     return empty_map(features, 2 * weights[1].shape[1])
+
+
+@torch.library.custom_op("lemma_fast::bigru_add", mutates_args=())
+def _bigru_add(features: Tensor, add: Tensor, axis: int, weights: list[Tensor]) -> Tensor:
+    return _run(features, add, axis, weights)
+
+
+@_bigru_add.register_fake
+def _(features: Tensor, add: Tensor, axis: int, weights: list[Tensor]) -> Tensor:
+    return empty_map(features, 2 * weights[1].shape[1])
+
+
+def _run(features: Tensor, add: Tensor | None, axis: int, weights: list[Tensor]) -> Tensor:
+    out = empty_map(features, 2 * weights[1].shape[1])
+    S, sizes, blocks, keep = sizes_and_blocks(features, axis, weights)
+    weights = [weight.contiguous() for weight in weights]
+    add_strides = None if add is None else strides_along(add, axis)
+    with torch.cuda.device_of(features):
+        _forward[triton.cdiv(S, SEQUENCES), 2](
+            features, add, out, *weights, S, features.shape[5 - axis],
+            strides_along(features, axis), add_strides, strides_along(out, axis), *sizes, *blocks,
+            keep, num_warps=WARPS[features.itemsize],
+        )  # fmt: skip
+    return out
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -117,6 +140,13 @@ def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
     `torch.backends.cuda.matmul` allows TF32. Deterministic. Under CUDA autocast the features
     are cast, as cuDNN's are. Raises ValueError otherwise.
     """
+    _check(features, axis, weights)
+    if features.is_cuda and torch.is_autocast_enabled("cuda"):
+        features = features.to(torch.get_autocast_dtype("cuda"))
+    return _bigru(features, axis, list(weights))
+
+
+def _check(features: Tensor, axis: int, weights: BiGRUWeights) -> None:
     if axis not in (2, 3):
         raise ValueError(f"axis is {axis}; 2 runs along the height, 3 along the width")
     if features.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -129,6 +159,19 @@ def bigru(features: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
             f"C = {C}, hidden = {hidden}: the fused GRU takes up to 128 and 64 in {features.dtype} "
             "(more do not fit a device's registers and shared memory); use ops.reference"
         )
-    if features.is_cuda and torch.is_autocast_enabled("cuda"):
-        features = features.to(torch.get_autocast_dtype("cuda"))
-    return _bigru(features, axis, list(weights))
+
+
+def bigru_add(features: Tensor, add: Tensor, axis: int, weights: BiGRUWeights) -> Tensor:
+    """Return `add` + `bigru(features, axis, weights)`, the sum made at the store in fp32.
+
+    `add` [N, 2 * hidden, H, W] is of the features' type, with any strides. There is no gradient,
+    and no autocast. Raises ValueError for what does not fit.
+    """
+    N, _, H, W = features.shape
+    shape = (N, 2 * weights.weight_hh.shape[1], H, W)
+    if add.shape != shape or add.dtype != features.dtype:
+        raise ValueError(
+            f"add is {[*add.shape]} {add.dtype}, the result {[*shape]} {features.dtype}"
+        )
+    _check(features, axis, weights)
+    return _bigru_add(features, add, axis, list(weights))

@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from lemma_fast.acceleration import epilogues
 from lemma_fast.acceleration.graphs import CudaRecorder
 from lemma_fast.acceleration.layers import Plan, can_pack
 from lemma_fast.acceleration.parts import Parts, Recordings, Run
@@ -94,6 +95,7 @@ class Accelerated(nn.Module):
         library = "PyTorch"
         recurrent = "Triton" if plan.fused else "C++" if plan.cpp else library
         fusion = library if not plan.compiled else "CUDA" if plan.fused else "C++"
+        following = "cuDNN, Triton" if plan.cudnn else "Triton" if plan.fused else None
         said = {
             "device": str(plan.device),
             "dtype": str(plan.dtype).removeprefix("torch."),
@@ -103,6 +105,8 @@ class Accelerated(nn.Module):
             "adaptive fusion": fusion,
             "batches": f"parts of at most {self.parts.limit}",
         }
+        if following is not None:
+            said["sums and activations"] = following
         if plan.device.type == "cuda":
             said["cuda graphs"] = "off" if self.recordings is None else "on"
             said["tf32"] = "PyTorch's setting" if self.tf32 is None else str(self.tf32).lower()
@@ -301,7 +305,11 @@ def make_plan(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[
             most = _register_fusion()
             if channels > most:
                 why = f"the CUDA code of the adaptive fusion takes {most} channels, not {channels}"
-        return replace(plan, fused=True, compiled=why is None), why
+        compiled = why is None
+        without_cudnn = epilogues.cudnn_missing(device, dtype)
+        if without_cudnn is not None and dtype in epilogues.DTYPES:
+            why = "; ".join(filter(None, (why, f"sums in convolutions: {without_cudnn}")))
+        return replace(plan, fused=True, compiled=compiled, cudnn=without_cudnn is None), why
     if device.type != "cpu" or dtype != torch.float32:
         return plan, "the C++ operations are for float32 on the CPU"
     why = extension.missing()

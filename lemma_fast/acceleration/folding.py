@@ -114,6 +114,17 @@ def adafm(weights: AdaFMWeights) -> FoldedAdaFM:
     )
 
 
+def shifted(weights: AdaFMWeights, shift: Tensor) -> AdaFMWeights:
+    """Adaptive fusion that adds `shift` [C] to its features, in the branches' first biases."""
+
+    def branch(old: BranchWeights) -> BranchWeights:
+        reduce = wide(old.reduce_weight).flatten(1)[:, : len(shift)]
+        return old._replace(reduce_bias=wide(old.reduce_bias) + reduce @ shift)
+
+    first, second, third = weights.branches
+    return weights._replace(branches=(branch(first), branch(second), branch(third)))
+
+
 def bigru(weights: BiGRUWeights, norm: nn.Module | None = None) -> BiGRUWeights:
     """Fold the batch norm before a GRU into its input products; fp64."""
     exact = BiGRUWeights(*(wide(w) for w in weights))

@@ -12,6 +12,9 @@
 // A block keeps 256 positions (128 in fp32) of all channels in registers through the whole chain;
 // the matrices come through shared memory, the next one on its way while one is used.
 //
+// The maps are [N, C, P] or, with `Last`, [N, P, C]: then a thread moves pairs of channels, position
+// by position, and the other half of a sector comes from the L1 cache with the next chunk.
+//
 // Floor at N = 64, C = 64, 16 x 64, 16 bits: two maps read and one written, 25 MB, 8 us at 3 TB/s.
 // Here the two maps are read twice: the second time they come from the L2 cache where it holds them
 // (17 MB of an H100's 50 MB), else 42 MB move. Arithmetic 5.9 GFLOP: 3 matrices of C x C in the
@@ -38,7 +41,8 @@ struct Arguments {
   int channels;
   int64_t positions;
   int blocks;
-  bool aligned;
+  // Of the maps: whether rows (with `Last`, pairs of channels) move in one access; then of GDW.
+  bool aligned, global_aligned;
 };
 
 // A thread's own part of the two maps of its image.
@@ -89,6 +93,49 @@ struct Matrices {
   }
 };
 
+// A thread's numbers of two neighbouring channels in a channels-last map, [m][4] as one chunk has
+// them. `view.aligned` says that pairs may be moved in one access.
+template <class T>
+__device__ void load_pairs(const View<T, Tile<T>::kRows>& view, const T* map, int channel,
+                           float (&values)[Tile<T>::kCount][4]) {
+#pragma unroll
+  for (int j = 0; j < Tile<T>::kRows; ++j) {
+    const bool inside = view.first + j < view.positions;
+    const T* from = map + (view.first + j) * view.channels + channel;
+    Row<T, 2> pair{{narrow<T>(0.0f), narrow<T>(0.0f)}};
+    if (view.aligned) {
+      if (inside && channel < view.channels) move_row<T, 2>(&pair, from);
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        if (inside && channel + i < view.channels) pair.values[i] = from[i];
+      }
+    }
+    values[j / 2][2 * (j % 2)] = widen(pair.values[0]);
+    values[j / 2][2 * (j % 2) + 1] = widen(pair.values[1]);
+  }
+}
+
+// And back: writes chunk `n` of an accumulator.
+template <class T>
+__device__ void store_pairs(const View<T, Tile<T>::kRows>& view, T* map, int n,
+                            const typename Tile<T>::Accumulator& accumulator) {
+  const int channel = chunk_channel(n);
+#pragma unroll
+  for (int j = 0; j < Tile<T>::kRows; ++j) {
+    if (view.first + j >= view.positions) continue;
+    const float (&values)[4] = accumulator[j / 2][n];
+    const Row<T, 2> pair{{narrow<T>(values[2 * (j % 2)]), narrow<T>(values[2 * (j % 2) + 1])}};
+    T* to = map + (view.first + j) * view.channels + channel;
+    if (view.aligned) {
+      if (channel < view.channels) move_row<T, 2>(to, &pair);
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        if (channel + i < view.channels) to[i] = pair.values[i];
+      }
+    }
+  }
+}
+
 // Starts a convolution with its bias.
 template <class T>
 __device__ void start_with_bias(typename Tile<T>::Accumulator& accumulator, const float* bias) {
@@ -105,7 +152,7 @@ __device__ void start_with_bias(typename Tile<T>::Accumulator& accumulator, cons
 
 // accumulator += a reducing convolution of both maps, which are read from memory while its matrices
 // are on their way.
-template <class T, bool Full>
+template <class T, bool Full, bool Last>
 __device__ void convolve_maps(typename Tile<T>::Accumulator& accumulator, const Inputs<T>& inputs,
                               Matrices<T>& matrices) {
   using Shape = Tile<T>;
@@ -117,7 +164,11 @@ __device__ void convolve_maps(typename Tile<T>::Accumulator& accumulator, const 
     for (int n = 0; n < kChunks; ++n) {
       const int channel = chunk_channel(n);
       float values[Shape::kCount][4];
-      widen_rows(inputs.view.load(map, channel), inputs.view.load(map, channel + 1), values);
+      if constexpr (Last) {
+        load_pairs<T>(inputs.view, map, channel, values);
+      } else {
+        widen_rows(inputs.view.load(map, channel), inputs.view.load(map, channel + 1), values);
+      }
 #pragma unroll
       for (int m = 0; m < Shape::kCount; ++m) fragments[n][m] = to_fragment<T>(values[m]);
     }
@@ -151,7 +202,7 @@ struct PoolShared {
 };
 
 // `pooled` [images * blocks, kChannels]: each block writes its own sums.
-template <class T, bool Full>
+template <class T, bool Full, bool Last>
 __global__ void __launch_bounds__(kThreads) pool_kernel(Arguments<T> given, float* pooled) {
   using Shape = Tile<T>;
   auto& shared = shared_memory<PoolShared<T>>();
@@ -162,20 +213,21 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(Arguments<T> given, floa
   typename Shape::Accumulator accumulator;
   FragmentA<T> hidden[kChunks][Shape::kCount];
   start_with_bias<T>(accumulator, folded.vectors + kReduceBias * kChannels);
-  convolve_maps<T, Full>(accumulator, inputs, matrices);
+  convolve_maps<T, Full, Last>(accumulator, inputs, matrices);
   const float slope = folded.vectors[kSlopes * kChannels];
   to_fragments<T>(hidden, accumulator, [&](float v, int) { return prelu(v, slope); });
   start_with_bias<T>(accumulator, folded.vectors + kProjectBias * kChannels);
   multiply<T, Full>(accumulator, hidden, matrices.next());
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  View<T, Shape::kRows> view = inputs.view;
+  view.aligned = given.global_aligned;
 #pragma unroll
   for (int n = 0; n < kChunks; ++n) {
     const int channel = chunk_channel(n);
     float weights[Shape::kCount][4];
     // Zero outside the map, so that what lies there does not count.
-    widen_rows(inputs.view.load(folded.global, channel),
-               inputs.view.load(folded.global, channel + 1), weights);
+    widen_rows(view.load(folded.global, channel), view.load(folded.global, channel + 1), weights);
     float even = 0, odd = 0;
 #pragma unroll
     for (int m = 0; m < Shape::kCount; ++m) {
@@ -241,7 +293,7 @@ __device__ void find_gate(FuseShared<T>& shared, const FoldedPointers<const T>& 
   // No barrier here: there is one in Matrices::next, before the gate is used.
 }
 
-template <class T, bool Full>
+template <class T, bool Full, bool Last>
 __global__ void __launch_bounds__(kThreads)
     fuse_kernel(Arguments<T> given, const float* pooled, T* out) {
   using Shape = Tile<T>;
@@ -259,7 +311,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int branch = 1; branch < kBranches; ++branch) {
     start_with_bias<T>(accumulator, folded.vectors + (kReduceBias + branch) * kChannels);
-    convolve_maps<T, Full>(accumulator, inputs, matrices);
+    convolve_maps<T, Full, Last>(accumulator, inputs, matrices);
     float slope = slopes[branch];
     to_fragments<T>(hidden, accumulator, [&](float v, int) { return prelu(v, slope); });
     // Of branch 2: gate * x_2 with x_2 = project_2 u_2, then u_4 = PReLU(reduce_4 (gate * x_2)).
@@ -275,7 +327,45 @@ __global__ void __launch_bounds__(kThreads)
     multiply<T, Full>(result, hidden, matrices.next());
   }
 #pragma unroll
-  for (int n = 0; n < kChunks; ++n) store_chunk<T>(inputs.view, out + inputs.offset, n, result);
+  for (int n = 0; n < kChunks; ++n) {
+    if constexpr (Last) {
+      store_pairs<T>(inputs.view, out + inputs.offset, n, result);
+    } else {
+      store_chunk<T>(inputs.view, out + inputs.offset, n, result);
+    }
+  }
+}
+
+// Whether pairs of channels may be moved in one access.
+template <class T>
+bool pairs_can_move(const CudaShape& shape, std::initializer_list<const void*> maps) {
+  bool aligned = shape.channels % 2 == 0;
+  for (const void* map : maps) {
+    aligned = aligned && reinterpret_cast<uintptr_t>(map) % (2 * sizeof(T)) == 0;
+  }
+  return aligned;
+}
+
+template <class T, bool Full, bool Last>
+const char* launch_both(const CudaShape& shape, const T* features, const T* guidance,
+                        const FoldedPointers<const T>& folded, T* out, float* pooled,
+                        void* stream) {
+  const int64_t blocks = blocks_an_image<T>(shape);
+  const dim3 grid = grid_of(shape.images * blocks);
+  if (grid.x == 0) return "AdaFM: too many positions for one launch";
+  const auto maps = {static_cast<const void*>(features), static_cast<const void*>(guidance),
+                     static_cast<const void*>(out)};
+  const Arguments<T> given = {features,
+                              guidance,
+                              folded,
+                              static_cast<int>(shape.channels),
+                              shape.positions,
+                              static_cast<int>(blocks),
+                              Last ? pairs_can_move<T>(shape, maps) : rows_can_move<T>(shape, maps),
+                              rows_can_move<T>(shape, {folded.global})};
+  const char* error = launch(pool_kernel<T, Full, Last>, grid, kThreads, stream, given, pooled);
+  if (error != nullptr) return error;
+  return launch(fuse_kernel<T, Full, Last>, grid, kThreads, stream, given, pooled, out);
 }
 
 }  // namespace
@@ -288,28 +378,18 @@ size_t inference_workspace_bytes(const CudaShape& shape) {
   });
 }
 
-const char* inference_cuda(const CudaShape& shape, const void* features, const void* guidance,
-                           const void* folded, void* out, void* workspace, void* stream) {
+const char* inference_cuda(const CudaShape& shape, bool channels_last, const void* features,
+                           const void* guidance, const void* folded, void* out, void* workspace,
+                           void* stream) {
   if (const char* error = refuse(shape)) return error;
   if (shape.images == 0) return nullptr;
   return dispatch(shape, [&](auto variant) -> const char* {
     using T = typename decltype(variant)::T;
     constexpr bool Full = decltype(variant)::Full;
-    const int64_t blocks = blocks_an_image<T>(shape);
-    const dim3 grid = grid_of(shape.images * blocks);
-    if (grid.x == 0) return "AdaFM: too many positions for one launch";
-    const Arguments<T> given = {static_cast<const T*>(features),
-                                static_cast<const T*>(guidance),
-                                folded_pointers<const T>(shape, folded),
-                                static_cast<int>(shape.channels),
-                                shape.positions,
-                                static_cast<int>(blocks),
-                                rows_can_move<T>(shape, {features, guidance, out})};
-    float* pooled = static_cast<float*>(workspace);
-    const char* error = launch(pool_kernel<T, Full>, grid, kThreads, stream, given, pooled);
-    if (error != nullptr) return error;
-    return launch(fuse_kernel<T, Full>, grid, kThreads, stream, given, pooled,
-                  static_cast<T*>(out));
+    const auto both = channels_last ? launch_both<T, Full, true> : launch_both<T, Full, false>;
+    return both(shape, static_cast<const T*>(features), static_cast<const T*>(guidance),
+                folded_pointers<const T>(shape, folded), static_cast<T*>(out),
+                static_cast<float*>(workspace), stream);
   });
 }
 
