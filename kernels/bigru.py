@@ -62,13 +62,13 @@ def _forward(features, add, out, ih0, hh0, bih0, bhh0, ih1, hh1, bih1, bhh1, S, 
         more = (s < tl.where(t == last, 0, S))[:, None] & (c < C)
         x_next = tl.load(source + (t + step) * strides[3], mask=more, other=0.0).to(DOT)
         if add is not None:
-            more = tl.load(summand + t * add_strides[3], mask=inside & (j < H), other=0.0)
+            addend = tl.load(summand + t * add_strides[3], mask=inside & (j < H), other=0.0)
         _, z, candidate, _ = compute_gates(x, h, kept, ih0, hh0, biases, i // (L + S), C, H,
                                            BLOCK_C, BLOCK_H, PRECISION, KEEP)  # fmt: skip
         h = (1 - z) * candidate + z * h
         value = h
         if add is not None:
-            value += more.to(tl.float32)
+            value += addend.to(tl.float32)
         tl.store(target + t * out_strides[3], value, mask=inside & (j < H))
         x = x_next
 

@@ -12,6 +12,9 @@
 // A block keeps 256 positions (128 in fp32) of all channels in registers through the whole chain;
 // the matrices come through shared memory, the next one on its way while one is used.
 //
+// The maps are [N, C, P] or, with `Last`, [N, P, C]: then a thread moves pairs of channels, position
+// by position, and the other half of a sector comes from the L1 cache with the next chunk.
+//
 // Floor at N = 64, C = 64, 16 x 64, 16 bits: two maps read and one written, 25 MB, 8 us at 3 TB/s.
 // Here the two maps are read twice: the second time they come from the L2 cache where it holds them
 // (17 MB of an H100's 50 MB), else 42 MB move. Arithmetic 5.9 GFLOP: 3 matrices of C x C in the
@@ -29,9 +32,8 @@ namespace {
 constexpr int kPoolMatrices = reduce_matrix(1);
 constexpr int kFuseMatrices = kGateMatrix - kPoolMatrices;
 
-// What both kernels take. `blocks` are those of one image. `aligned` is of the two maps and the
-// result, `global_aligned` of what is folded, which always lies in rows of positions. (As a
-// __grid_constant__ it costs fuse_kernel up to 70 registers more.)
+// What both kernels take. `blocks` are those of one image. (As a __grid_constant__ it costs
+// fuse_kernel up to 70 registers more.)
 template <class T>
 struct Arguments {
   const T *features, *guidance;
@@ -39,6 +41,7 @@ struct Arguments {
   int channels;
   int64_t positions;
   int blocks;
+  // Of the maps: whether rows (with `Last`, pairs of channels) move in one access; then of GDW.
   bool aligned, global_aligned;
 };
 
@@ -91,7 +94,7 @@ struct Matrices {
 };
 
 // A thread's numbers of two neighbouring channels in a channels-last map, [m][4] as one chunk has
-// them. With `view.aligned` pairs may be moved in one access.
+// them. `view.aligned` says that pairs may be moved in one access.
 template <class T>
 __device__ void load_pairs(const View<T, Tile<T>::kRows>& view, const T* map, int channel,
                            float (&values)[Tile<T>::kCount][4]) {
@@ -216,15 +219,15 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(Arguments<T> given, floa
   start_with_bias<T>(accumulator, folded.vectors + kProjectBias * kChannels);
   multiply<T, Full>(accumulator, hidden, matrices.next());
 
-  View<T, Shape::kRows> rows = inputs.view;
-  rows.aligned = given.global_aligned;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  View<T, Shape::kRows> view = inputs.view;
+  view.aligned = given.global_aligned;
 #pragma unroll
   for (int n = 0; n < kChunks; ++n) {
     const int channel = chunk_channel(n);
     float weights[Shape::kCount][4];
     // Zero outside the map, so that what lies there does not count.
-    widen_rows(rows.load(folded.global, channel), rows.load(folded.global, channel + 1), weights);
+    widen_rows(view.load(folded.global, channel), view.load(folded.global, channel + 1), weights);
     float even = 0, odd = 0;
 #pragma unroll
     for (int m = 0; m < Shape::kCount; ++m) {
@@ -344,11 +347,25 @@ bool pairs_can_move(const CudaShape& shape, std::initializer_list<const void*> m
 }
 
 template <class T, bool Full, bool Last>
-const char* launch_both(dim3 grid, const Arguments<T>& given, float* pooled, T* out, void* stream) {
+const char* launch_both(const CudaShape& shape, const T* features, const T* guidance,
+                        const FoldedPointers<const T>& folded, T* out, float* pooled,
+                        void* stream) {
+  const int64_t blocks = blocks_an_image<T>(shape);
+  const dim3 grid = grid_of(shape.images * blocks);
+  if (grid.x == 0) return "AdaFM: too many positions for one launch";
+  const auto maps = {static_cast<const void*>(features), static_cast<const void*>(guidance),
+                     static_cast<const void*>(out)};
+  const Arguments<T> given = {features,
+                              guidance,
+                              folded,
+                              static_cast<int>(shape.channels),
+                              shape.positions,
+                              static_cast<int>(blocks),
+                              Last ? pairs_can_move<T>(shape, maps) : rows_can_move<T>(shape, maps),
+                              rows_can_move<T>(shape, {folded.global})};
   const char* error = launch(pool_kernel<T, Full, Last>, grid, kThreads, stream, given, pooled);
   if (error != nullptr) return error;
-  const float* sums = pooled;
-  return launch(fuse_kernel<T, Full, Last>, grid, kThreads, stream, given, sums, out);
+  return launch(fuse_kernel<T, Full, Last>, grid, kThreads, stream, given, pooled, out);
 }
 
 }  // namespace
@@ -369,23 +386,10 @@ const char* inference_cuda(const CudaShape& shape, bool channels_last, const voi
   return dispatch(shape, [&](auto variant) -> const char* {
     using T = typename decltype(variant)::T;
     constexpr bool Full = decltype(variant)::Full;
-    const int64_t blocks = blocks_an_image<T>(shape);
-    const dim3 grid = grid_of(shape.images * blocks);
-    if (grid.x == 0) return "AdaFM: too many positions for one launch";
-    const auto pointers = folded_pointers<const T>(shape, folded);
-    const Arguments<T> given = {static_cast<const T*>(features),
-                                static_cast<const T*>(guidance),
-                                pointers,
-                                static_cast<int>(shape.channels),
-                                shape.positions,
-                                static_cast<int>(blocks),
-                                channels_last ? pairs_can_move<T>(shape, {features, guidance, out})
-                                              : rows_can_move<T>(shape, {features, guidance, out}),
-                                rows_can_move<T>(shape, {pointers.global})};
-    float* pooled = static_cast<float*>(workspace);
-    T* result = static_cast<T*>(out);
-    return channels_last ? launch_both<T, Full, true>(grid, given, pooled, result, stream)
-                         : launch_both<T, Full, false>(grid, given, pooled, result, stream);
+    const auto both = channels_last ? launch_both<T, Full, true> : launch_both<T, Full, false>;
+    return both(shape, static_cast<const T*>(features), static_cast<const T*>(guidance),
+                folded_pointers<const T>(shape, folded), static_cast<T*>(out),
+                static_cast<float*>(workspace), stream);
   });
 }
 
