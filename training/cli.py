@@ -343,7 +343,8 @@ def _ending(kept: str, advice: str) -> Iterator[None]:
 
         said = in_short(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            said = f"{os.fsdecode(error.filename)}: {error.strerror}"
+            # Of a file that was to be replaced by a new one, its own name is the second.
+            said = f"{os.fsdecode(error.filename2 or error.filename)}: {error.strerror}"
         _fail(said, error, 1 if isinstance(error, FloatingPointError) else 2)
     except (RuntimeError, MemoryError) as error:
         from lemma_fast.training.failures import explained

@@ -7,6 +7,7 @@ import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ from lemma_fast.checkpoint.files import (
     read_metadata,
     read_safetensors,
     save_weights,
+    stored_tensors,
     unpickled,
+    unwrapped,
 )
 from lemma_fast.checkpoint.lemma import open_published
 from lemma_fast.model import LEMMA
@@ -41,10 +44,11 @@ def save_baseline(
     model: Baseline, path: str | Path, provenance: Mapping[str, str] | None = None
 ) -> None:
     """Write `model` as safetensors with its config, a digest of its tensors, and `provenance`."""
+    model = cast(Baseline, unwrapped(model))
     metadata = {
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(model.config)),
-        "sha256": checkpoint.digest(model.state_dict()),
+        "sha256": checkpoint.digest(stored_tensors(model)),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **(provenance or {}),
     }

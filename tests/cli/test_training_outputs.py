@@ -194,6 +194,17 @@ def test_a_place_that_is_no_folder_is_said(run, tmp_path, config, kind):
     assert ran.raw.count("\n") == 1
 
 
+def test_what_stands_in_the_way_is_named_and_no_file_of_ours(run, tmp_path, config):
+    command = ("train", config, "--stage", "crnn", f"output={tmp_path}", "--max-steps", "1")
+    assert run(*command).code == 0
+    curves = tmp_path / "crnn" / "metrics.csv"
+    curves.unlink()
+    curves.mkdir()
+    ran = run(*command)
+    assert ran.code == 2
+    assert f"error: {curves}: Is a directory" in ran.raw
+
+
 # Memory and processes
 
 

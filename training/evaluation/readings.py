@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lemma_fast import __version__, checkpoint
 from lemma_fast.atomic import replacing
+from lemma_fast.outputs import reason
 from lemma_fast.recognizers import Recognizer, Tesseract
 
 FORMAT = "lemma-fast readings 1"
@@ -119,7 +120,7 @@ class Readings:
             with replacing(self.path) as partial:
                 partial.write_text(json.dumps(content), encoding="utf-8")
         except OSError as error:
-            self.say(f"readings are not kept: {error}")
+            self.say(f"readings are not kept: {self.path.parent}: {reason(error)}")
             return
         self.changed = False
 

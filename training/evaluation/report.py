@@ -86,16 +86,32 @@ def lines(
 
 
 def forms(summary: Summary) -> list[list[Table]]:
-    """The table for `print_tables`: as one, in blocks by recogniser, and without intervals."""
+    """The table for `print_tables`: as one, by recogniser, without intervals, as a list."""
     by_reader: dict[str, list[str]] = {}
     for column in summary.columns:
         by_reader.setdefault(column.rpartition(" ")[0], []).append(column)
     blocks = list(by_reader.values())
-    return [
+    tables = [
         [_table(summary, columns, intervals, last=columns is split[-1]) for columns in split]
         for intervals in (True, False)
         for split in ([summary.columns], blocks)
     ]
+    return [*tables, [_list(summary)]]
+
+
+def _list(summary: Summary) -> Table:
+    """Every number with its interval on a line of its own, for the narrowest terminals."""
+    found = Table(show_header=False, box=None, padding=0, caption=note(summary))
+    found.caption_justify = "left"
+    for name, row, *cells in lines(summary):
+        if name:
+            found.add_row(name)
+        found.add_row(f"  {row}")
+        for column, text in zip(summary.columns, cells, strict=True):
+            if text != "-":
+                found.add_row(f"    {heading(column)}:")
+                found.add_row(f"      {text}")
+    return found
 
 
 def _table(summary: Summary, columns: Sequence[str], intervals: bool, last: bool) -> Table:

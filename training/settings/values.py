@@ -128,14 +128,17 @@ def _folder() -> Path:
 
 
 def locate(config: str | Path, beside: Path | None = None) -> Path:
-    """The file of a config: a path (relative to the folder `beside`), or a packaged name.
+    """The file of a config: a packaged name, or a path (relative to the folder `beside`).
 
     Raises SettingsError where there is none.
     """
     path = Path(config)
+    if isinstance(config, str) and config in packaged():
+        # Whatever lies here: a file of that name is "./name".
+        return _folder() / f"{config}.yaml"
     places = [path] if beside is None else [beside / path]
     if path.name == str(path):
-        places += [_folder() / path.name, _folder() / f"{path.name}.yaml"]
+        places.append(_folder() / path.name)
     try:
         for place in places:
             if place.is_file():

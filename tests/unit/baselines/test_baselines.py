@@ -291,3 +291,12 @@ def test_the_command_evaluates_a_baseline(tmp_path):
     ran = CliRunner().invoke(app, ["evaluate", str(test), "--model", "bicubic"])
     assert ran.exit_code == 2
     assert "bicubic has no prior that reads" in ran.stderr
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_baseline_is_saved_as_itself(tmp_path, wrap):
+    plain = create_baseline("srcnn", channels=8)
+    save_baseline(wrap(plain), tmp_path / "a.safetensors")
+    opened = open_network(tmp_path / "a.safetensors")
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, opened.state_dict()[name])

@@ -286,6 +286,9 @@ def _printed(summary, width, terminal=True):
         (100, "r", True, 2),
         (80, "r", False, 1),
         (56, "r", False, 2),
+        # As a list.
+        (40, "r", True, 0),
+        (40, "prior tesseract", True, 0),
         (220, "prior tesseract", True, 1),
         (80, "prior tesseract", False, 3),
     ],
@@ -307,7 +310,7 @@ def test_a_pipe_gets_the_whole_table(name):
     summary = summarize([_subset(name, [1, 0, 0, 1])])
     _is_whole(_printed(summary, 80, terminal=False), summary, True)
     # On a terminal that is too narrow for every form nothing is cut either.
-    _is_whole(_printed(summary, 20), summary, False)
+    _is_whole(_printed(summary, 20), summary, True)
 
 
 def _is_whole(shown, summary, intervals):

@@ -289,6 +289,21 @@ def test_names_of_files_need_not_be_utf8(tmp_path):
     assert chosen.data.train == (name, "b", f"{name}: c")
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "base"])
+def test_a_packaged_name_is_never_a_file_that_lies_about(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    wanted = choose("small-synthetic")
+    if kind == "folder":
+        (tmp_path / "small-synthetic").mkdir()
+    else:
+        (tmp_path / "small-synthetic").write_text("stages: {}")
+    (tmp_path / "mine.yaml").write_text("base: small-synthetic")
+    assert choose("mine.yaml" if kind == "base" else "small-synthetic") == wanted
+    if kind == "file":
+        with pytest.raises(SettingsError, match="names no stage"):
+            choose("./small-synthetic")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
