@@ -83,7 +83,8 @@ wheel: $(VENV)/.tools
 
 types: wheel  ## check types and imports of the installed wheel
 	MYPYPATH=build/installed $(BIN)/mypy -p lemma_fast
-	cd build/installed && $(abspath $(BIN))/lint-imports ../../pyproject.toml
+	cp pyproject.toml build/installed
+	cd build/installed && $(abspath $(BIN))/lint-imports
 
 docs: wheel $(VENV)/.docs  ## build the documentation site into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

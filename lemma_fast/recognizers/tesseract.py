@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -29,7 +30,7 @@ _BORDER = 10
 _TEXT_LEVEL = "5"
 
 
-def prepare(pixels: np.ndarray) -> Image.Image:
+def prepare(pixels: NDArray[np.uint8]) -> Image.Image:
     """Turn an RGB crop (H, W, 3) uint8 into what Tesseract likes to see.
 
     Grey, enlarged one to four times towards a height of 64, autocontrast, light background (a crop
@@ -45,7 +46,7 @@ def prepare(pixels: np.ndarray) -> Image.Image:
     return ImageOps.expand(image, _BORDER, fill=255)
 
 
-def _outline(pixels: np.ndarray) -> np.ndarray:
+def _outline(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 
 
@@ -108,7 +109,7 @@ class Tesseract:
         with ThreadPoolExecutor(self.jobs) as pool:
             return [reading for part in pool.map(self._read_chunk, chunks) for reading in part]
 
-    def _read_chunk(self, crops: Sequence[np.ndarray]) -> list[base.Reading]:
+    def _read_chunk(self, crops: Sequence[NDArray[np.uint8]]) -> list[base.Reading]:
         with tempfile.TemporaryDirectory(prefix="lemma-fast-") as folder:
             paths = [Path(folder, f"{n}.png") for n in range(len(crops))]
             for path, crop in zip(paths, crops, strict=True):
