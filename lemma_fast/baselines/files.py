@@ -61,8 +61,8 @@ def load_baseline(
     """Open what `save_baseline` wrote or a published checkpoint, in evaluation mode.
 
     The rest is for published checkpoints, which do not tell it: `text_prior` is the checkpoint of
-    the CRNN that TATT or C3-STISR reads with, `corrected` the entry of BaselineConfig. A published TSRN has the
-    names and shapes of TG, and is opened as that. Raises CheckpointError.
+    the CRNN that TATT or C3-STISR reads with, `corrected` the entry of BaselineConfig. A published
+    TSRN has the names and shapes of TG, and is opened as that. Raises CheckpointError.
     """
     opened = _open(Path(path), text_prior, corrected)
     if not isinstance(opened, Baseline):
