@@ -65,8 +65,8 @@ def load_baseline(
     """Open what `save_baseline` wrote or a published checkpoint, in evaluation mode.
 
     The rest is for published checkpoints, which do not tell it: `text_prior` is the checkpoint of
-    the CRNN that TATT reads with, `corrected` the entry of BaselineConfig. A published TSRN has the
-    names and shapes of TG, and is opened as that. Raises CheckpointError.
+    the CRNN that TATT or C3-STISR reads with, `corrected` the entry of BaselineConfig. A published
+    TSRN has the names and shapes of TG, and is opened as that. Raises CheckpointError.
     """
     opened = _open(Path(path), text_prior, corrected)
     if not isinstance(opened, Baseline):
@@ -149,8 +149,9 @@ def from_published(
         if reader is None:
             raise CheckpointError(
                 f"{name} reads crops by a CRNN, whose weights are a file of their own: give as "
-                f"text_prior the one that {published.repository} trained beside the network, or "
-                "the one it began with, crnn.pth from github.com/meijieru/crnn.pytorch"
+                "text_prior (lemma-fast convert --text-prior) the one that the code of "
+                f"{published.repository} trained beside the network, or the one it began with, "
+                "crnn.pth from github.com/meijieru/crnn.pytorch"
             )
         ours |= {_READER + key: tensor for key, tensor in reader.state_dict().items()}
     model.load_state_dict(ours)
@@ -163,8 +164,12 @@ def _open(path: Path, text_prior: str | Path | None, corrected: bool) -> LEMMA |
     if metadata.get("format") == FORMAT:
         _check_unasked(path, text_prior, corrected)
         return _open_ours(path)
+    if "config" in metadata:
+        _check_unasked(path, text_prior, corrected)
+        return checkpoint.load(path)
     content = read_safetensors(path)[0] if is_safetensors(path) else unpickled(path)
-    if "config" in metadata or recognized(state := named_tensors(path, content)) is None:
+    state = named_tensors(path, content)
+    if recognized(state) is None:
         _check_unasked(path, text_prior, corrected)
         return checkpoint.load(path) if is_safetensors(path) else open_published(path, content)
     reader = None
