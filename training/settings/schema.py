@@ -79,6 +79,9 @@ class DataSettings:
     `words` is the dictionary of stage `language`: `system`, `builtin`, or a file with one word a
     line; without it, the stage spells the labels of `train`. Nothing of a dictionary is held out.
 
+    With `degrade: camera` a step makes its low-resolution crops from the high-resolution ones
+    (`synthesis.camera`), for `validation` too; those that are stored are not used.
+
     `selection` says what the best weights are chosen on: a share held out of `train`, the sets in
     `validation`, or (the published habit, which flatters the result) the `test` sets.
     """
@@ -87,6 +90,7 @@ class DataSettings:
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     words: str | None = None
+    degrade: Literal["none", "camera"] = "none"
     selection: Literal["held_out", "validation", "test"] = "held_out"
     held_out_share: float = 0.05
     held_out_seed: int = 0
@@ -114,7 +118,8 @@ class LossSettings:
 
     `recognizer` is the text-focus Transformer's checkpoint. The first `pixel_steps` steps leave
     its terms out. `gradient_profile` is the weight of TSRN's own loss beside the others,
-    `reading` that of `reading_loss`, whose reader is the network's own prior, frozen.
+    `reading` that of `reading_loss`, whose reader is the network's own prior, frozen; `reader`
+    that of `ReaderLoss`, whose reader is the ONNX file `reader_onnx`.
     """
 
     weights: LossWeights = field(default_factory=LossWeights)
@@ -123,6 +128,8 @@ class LossSettings:
     pixel_steps: int = 0
     gradient_profile: float = 0.0
     reading: float = 0.0
+    reader: float = 0.0
+    reader_onnx: str | None = None
     scale: float = LOSS_SCALE
     attention_padding: bool = True
     unit_diagonal: bool = False
@@ -303,6 +310,10 @@ class Settings:
             raise SettingsError(
                 "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
                 "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
+            )
+        if self.loss.reader != 0 and self.loss.reader_onnx is None:
+            raise SettingsError(
+                "loss.reader needs loss.reader_onnx, a recogniser's ONNX file (docs/training.md)"
             )
         if self.loss.reading == 0:
             return
