@@ -280,6 +280,11 @@ class Settings:
         self._check_stage()
         if self.restores:
             self._check_restoration()
+        elif data.degrade != "none":
+            raise SettingsError(
+                f"data.degrade means nothing to stage {self.stage}: set it for the stages that "
+                "restore crops, stages.lemma.data.degrade=camera"
+            )
 
     def _check_stage(self) -> None:
         wanted, stage = self.select.metric, self.stage

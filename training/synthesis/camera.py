@@ -32,24 +32,22 @@ _NARROWEST = 10
 class Camera:
     """Ranges that a camera is drawn from; lengths are pixels of the picture that it takes.
 
-    `odds`: share of crops. `height`: pixels from the upper to the lower edge of the crop; the
-    width follows from the word's own shape, so that narrow words, which are stretched most
-    afterwards, are blurred most across. `direct`: share that is shrunk to 16 x 64 at once, without
-    that shape. `lens`: deviation of a Gaussian; below `sharpest` the crop is shrunk by area, or by
-    Pillow's bicubic filter, half of them each, without a lens. `motion`: length of a straight
-    smear along one axis, in the share `moved`. `contrast`: what is left of it under a veil of one
-    grey, which is the crop's own mean in half of them. `shot`, `read`: variance of the noise in
-    linear light, `shot * light + read**2`, white 1. `chroma`: deviation of a Gaussian on the
-    colour differences. `sharpened`: share with an unsharp mask of 0.3 to 1.0. `jpeg`: quality, in
-    the share `compressed`. `twice`: share that another, better camera took before
-    (`FIRST`).
+    `odds`: share of the crops. `height`: rows of the picture; columns follow from the word's own
+    shape, so that narrow words, which are stretched most afterwards, are blurred most across.
+    `direct`: share shrunk to 16 x 64 at once, without that shape. `lens`: deviation of a Gaussian;
+    where a number below 0 is drawn, the crop is shrunk by area or by Pillow's bicubic filter, half
+    of them each. `moved`, `motion`: share that is smeared along one axis, and how far. `contrast`:
+    what a veil of one grey leaves of it; in half of the crops the grey is the crop's own mean.
+    `shot`, `read`: noise in linear light, of variance `shot * light + read**2` where white is 1.
+    `chroma`: deviation of a Gaussian on the colour differences. `sharpened`: share with an unsharp
+    mask. `jpeg`, `compressed`: quality, and share. `twice`: share of which `FIRST` took a picture
+    before.
     """
 
     odds: float
     height: tuple[int, int]
     direct: float
     lens: Range
-    sharpest: float
     moved: float
     motion: Range
     contrast: Range
@@ -68,7 +66,6 @@ CAMERAS = {
         height=(9, 24),
         direct=0.4,
         lens=(-0.6, 0.3),
-        sharpest=0.0,
         moved=0.0,
         motion=(0.0, 0.0),
         contrast=(1.0, 1.0),
@@ -85,7 +82,6 @@ CAMERAS = {
         height=(14, 20),
         direct=0.0,
         lens=(0.35, 1.25),
-        sharpest=0.0,
         moved=0.1,
         motion=(0.5, 2.0),
         contrast=(0.8, 1.0),
@@ -102,7 +98,6 @@ CAMERAS = {
         height=(14, 18),
         direct=0.0,
         lens=(0.7, 1.25),
-        sharpest=0.0,
         moved=0.8,
         motion=(0.5, 2.2),
         contrast=(0.35, 0.85),
@@ -121,7 +116,6 @@ FIRST = Camera(
     height=(20, _TALLEST),
     direct=0.0,
     lens=(-0.2, 0.6),
-    sharpest=0.0,
     moved=0.0,
     motion=(0.0, 0.0),
     contrast=(1.0, 1.0),
@@ -232,7 +226,7 @@ def _taken(
     taken = torch.stack((height, width), 1)
 
     lens = draws.between([c.lens for c in cameras], kind)
-    plain = lens < _of([c.sharpest for c in cameras], kind)
+    plain = lens < 0
     by_area = draws.uniform() < 0.5
     moved = draws.uniform() < _of([c.moved for c in cameras], kind)
     length = draws.between([c.motion for c in cameras], kind) * moved

@@ -1,6 +1,7 @@
 """The camera that makes low-resolution crops while training, and its JPEG."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,3 +195,15 @@ def test_jpeg_takes_a_quality_a_picture():
 def test_a_label_or_a_seed_that_is_missing_is_named(crops):
     with pytest.raises(ValueError, match="2 crops, 1 labels, 2 seeds"):
         photograph(crops[:2], ["a"], [1, 2])
+
+
+def test_the_manual_has_the_same_numbers():
+    manual = Path(__file__).parents[4] / "docs" / "training.md"
+    cells = [line.split("|")[1:-1] for line in manual.read_text("utf-8").splitlines()]
+    rows = {row[0].strip(" `"): row[1:] for row in cells if len(row) == 5}
+    for name in camera.FIRST.__dataclass_fields__:
+        for cell, kind in zip(rows[name], (*camera.CAMERAS.values(), camera.FIRST), strict=True):
+            value = getattr(kind, name)
+            wanted = value if isinstance(value, tuple) else (value,)
+            given = tuple(float(number) for number in cell.split(" to "))
+            assert given == pytest.approx(wanted, abs=1e-3), name
