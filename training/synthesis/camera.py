@@ -127,7 +127,7 @@ FIRST = Camera(
     compressed=0.8,
     twice=0.0,
 )
-#: Share of crops, the true one too, whose colours are inverted: the network need not care.
+#: Share of crops whose colours are inverted before, so that letters are light as often as dark.
 INVERTED = 0.5
 #: Width of a letter over the word's height, and the deviation of its logarithm; photographed words
 #: have 2.3 (1.4 to 4.1) at five letters.
@@ -154,6 +154,8 @@ def photograph(hr: Tensor, labels: Sequence[str], seeds: Sequence[int]) -> Photo
     device = hr.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draws = _Draws(generators, device)
+    # Before the picture is taken: blurred light brightens it, and that must not be turned round.
+    hr = torch.where(_wide(draws.uniform() < INVERTED), 255 - hr, hr)
     letters = torch.tensor([float(len(label)) for label in labels], device=device)
     aspect = letters * LETTER_WIDTH * torch.exp(LETTER_SPREAD * draws.normal())
     aspect = aspect.clamp(*ASPECTS)
@@ -174,10 +176,7 @@ def photograph(hr: Tensor, labels: Sequence[str], seeds: Sequence[int]) -> Photo
 
     lr = _resampled(canvas, size, size.new_tensor((LR_HEIGHT, LR_WIDTH)).expand_as(size), "bicubic")
     lr = lr[..., :LR_HEIGHT, :LR_WIDTH].round().clamp(0, 255).to(torch.uint8)
-    inverted = (draws.uniform() < INVERTED)[:, None, None, None]
-    return Photographs(
-        torch.where(inverted, 255 - lr, lr), torch.where(inverted, 255 - hr, hr), aspect
-    )
+    return Photographs(lr, hr, aspect)
 
 
 class _Draws:
