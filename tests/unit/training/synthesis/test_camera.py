@@ -82,6 +82,9 @@ def test_a_lens_brightens_inverted_crops_too(monkeypatch, crops, labels):
     inverted = (made.hr != crops).flatten(1).any(1)
     change = made.lr.float().mean((1, 2, 3)) - made.hr.float().mean((1, 2, 3))
     assert change[inverted].median() > 3 and change[~inverted].median() > 3
+    flat = photograph(torch.full_like(crops[:8], 100), labels[:8], range(8))
+    change = flat.lr.float().mean((1, 2, 3)) - flat.hr.float().mean((1, 2, 3))
+    assert change.abs().max() < 4
 
 
 def test_the_odds_of_the_cameras_are_kept(monkeypatch, crops, labels):
