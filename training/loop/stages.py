@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -44,10 +45,12 @@ from lemma_fast.training.losses.prior import (
     reading_loss,
     simulated_reading,
 )
+from lemma_fast.training.losses.reader import ReaderLoss
 from lemma_fast.training.losses.teaching import Teaching
 from lemma_fast.training.networks import super_resolve
 from lemma_fast.training.settings.schema import BASELINES, Settings
 from lemma_fast.training.settings.values import SettingsError
+from lemma_fast.training.synthesis.camera import photograph
 from lemma_fast.training.synthesis.words import Vocabulary
 
 
@@ -151,6 +154,7 @@ class RestorationStage(Stage):
             taught = wanted.teaching != 0 or settings.stage == "c3-stisr"
             network.reader.requires_grad_(taught and settings.optimizer.prior_learning_rate != 0)
             self.teaching = Teaching(wanted, open_reader(CRNN, settings, wanted.teacher))
+        self.reader = _onnx_reader(settings) if wanted.reader else None
         # Kept out of the registry: neither DDP nor the optimiser has business with it.
         self._judges = () if judge is None else (judge,)
         self.train()
@@ -178,6 +182,13 @@ class RestorationStage(Stage):
         settings = self.settings.optimizer
         return [(rest, settings.learning_rate), (prior, settings.prior_learning_rate)]
 
+    def _photographed(self, batch: Batch, seeds: Sequence[int]) -> tuple[Batch, Tensor | None]:
+        """The batch as cameras of these seeds see it, and the words' shapes; else as it is."""
+        if self.settings.data.degrade == "none":
+            return batch, None
+        lr, hr, aspect = photograph(batch.hr, batch.labels, seeds)
+        return batch._replace(lr=lr, hr=hr), aspect
+
     def clipped(self) -> list[nn.Parameter]:
         """As published: the reader of a network of Table 3 is not clipped, LEMMA's prior is."""
         groups = self.parameter_groups()
@@ -203,7 +214,9 @@ class RestorationStage(Stage):
         # A network of three channels has no mask to compare.
         return sr.float(), hr[:, : sr.shape[1]], prior, {}
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
+    def _forward(
+        self, batch: Batch, aspect: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
         sr, hr, prior, taught = self._restore(with_mask(batch.lr), with_mask(batch.hr), batch)
         labels: Tensor | CTCLabels | None = None
         if isinstance(self.network, LEMMA):
@@ -227,6 +240,9 @@ class RestorationStage(Stage):
             assert isinstance(reader, TextPrior) and batch.prior_ids is not None
             terms["reading"] = reading_loss(reader, sr[:, :3], hr[:, :3], batch.prior_ids)
             terms["loss"] = terms["loss"] + reading * terms["reading"]
+        if self.reader is not None:
+            terms["reader"] = self.reader(sr[:, :3], hr[:, :3], aspect)
+            terms["loss"] = terms["loss"] + self.settings.loss.reader * terms["reader"]
         return sr, hr, prior, terms
 
     def terms(self, batch: Batch, step: int, seed: int) -> dict[str, Tensor]:
@@ -234,12 +250,16 @@ class RestorationStage(Stage):
         if step < self.settings.loss.pixel_steps:
             weights = replace(weights, text_focus=0.0)
         self.loss.weights = weights
-        return self._forward(batch)[-1]
+        seeds = [mix(seed, crop) for crop in range(len(batch.hr))]
+        return self._forward(*self._photographed(batch, seeds))[-1]
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         # the whole objective from the first step on, so that the curve is of one thing
         self.loss.weights = self.settings.loss.weights
-        sr, hr, prior, terms = self._forward(batch)
+        # A crop is photographed alike in whatever batch, so that ranks and runs compare.
+        seeds = [crc32(crop.numpy().tobytes()) for crop in batch.hr.cpu()]
+        batch, aspect = self._photographed(batch, seeds)
+        sr, hr, prior, terms = self._forward(batch, aspect)
         scores = {name: value.expand(len(sr)) for name, value in terms.items()}
         scores["psnr"] = psnr(sr, hr)
         scores["ssim"] = ssim(sr, hr)
@@ -385,3 +405,12 @@ def op_table(name: str) -> Operations:
             f"ops: {name} cannot be used here ({error}); write ops: reference, or install what is "
             "missing"
         ) from error
+
+
+def _onnx_reader(settings: Settings) -> ReaderLoss:
+    """The reader of the loss; raises SettingsError where its file cannot be used."""
+    assert settings.loss.reader_onnx is not None
+    try:
+        return ReaderLoss(settings.path(settings.loss.reader_onnx))
+    except (ImportError, OSError, ValueError) as error:
+        raise SettingsError(f"loss.reader_onnx: {error}") from error

@@ -86,6 +86,9 @@ class DataSettings:
     `words` is the dictionary of stage `language`: `system`, `builtin`, or a file with one word a
     line; without it, the stage spells the labels of `train`. Nothing of a dictionary is held out.
 
+    With `degrade: camera` a step makes its low-resolution crops from the high-resolution ones
+    (`synthesis.camera`), for `validation` too; those that are stored are not used.
+
     `selection` says what the best weights are chosen on: a share held out of `train`, the sets in
     `validation`, or (the published habit, which flatters the result) the `test` sets.
     """
@@ -94,6 +97,7 @@ class DataSettings:
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     words: str | None = None
+    degrade: Literal["none", "camera"] = "none"
     selection: Literal["held_out", "validation", "test"] = "held_out"
     held_out_share: float = 0.05
     held_out_seed: int = 0
@@ -122,7 +126,8 @@ class LossSettings:
 
     `recognizer` is the text-focus Transformer's checkpoint. The first `pixel_steps` steps leave
     its terms out. `gradient_profile` is the weight of TSRN's own loss beside the others,
-    `reading` that of `reading_loss`, whose reader is the network's own prior, frozen.
+    `reading` that of `reading_loss`, whose reader is the network's own prior, frozen; `reader`
+    that of `ReaderLoss`, whose reader is the ONNX file `reader_onnx`.
 
     The rest is for networks of Table 3 (`losses.baselines`), weights that are 0 where off: `edges`
     of PCAN's loss; `strokes` of TG's, whose recogniser is the checkpoint `stroke_recognizer`;
@@ -147,6 +152,8 @@ class LossSettings:
     spelling_by: Literal["teacher", "ctc"] = "teacher"
     rotation: float = 0.0
     rotation_degrees: float = 5.0
+    reader: float = 0.0
+    reader_onnx: str | None = None
     scale: float = LOSS_SCALE
     attention_padding: bool = True
     unit_diagonal: bool = False
@@ -298,6 +305,11 @@ class Settings:
         self._check_stage()
         if self.restores:
             self._check_restoration()
+        elif data.degrade != "none":
+            raise SettingsError(
+                f"data.degrade means nothing to stage {self.stage}: set it for the stages that "
+                "restore crops, stages.lemma.data.degrade=camera"
+            )
 
     def _check_stage(self) -> None:
         wanted, stage = self.select.metric, self.stage
@@ -330,6 +342,10 @@ class Settings:
                 "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
             )
         check_baseline_losses(self.stage, self.loss, self.optimizer)
+        if self.loss.reader != 0 and self.loss.reader_onnx is None:
+            raise SettingsError(
+                "loss.reader needs loss.reader_onnx, a recogniser's ONNX file (docs/training.md)"
+            )
         if self.loss.reading == 0:
             return
         if self.stage != "lemma" or self.lemma_config().text_prior != "abinet":

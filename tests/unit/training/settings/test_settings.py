@@ -45,6 +45,8 @@ PUBLISHED = {
         ("select.metric=accuracy", "select.recognizer"),
         ("loss.weights.text_focus=1", "loss.recognizer names no checkpoint"),
         ("loss.reading=0.1", "loss.reading needs optimizer.prior_learning_rate=0"),
+        ("loss.reader=0.1", "loss.reader needs loss.reader_onnx"),
+        ("data.degrade=phone", "data.degrade is one of none, camera"),
         ("seed=-1", "seed must be at least 0, got -1"),
         ("run.steps=0", "run.steps must be at least 1"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate must be at least 0"),
@@ -103,6 +105,14 @@ def test_a_loss_of_reading_reads_filtered_labels(tmp_path):
     # The other stages have no use for it, and say nothing.
     found = choose(config, "all", [*overrides, "loss.filtered_labels=true"])
     assert len(found) == 5
+
+
+def test_photographs_are_for_stages_that_restore(tmp_path):
+    config = write_config(tmp_path)
+    with pytest.raises(SettingsError, match="data.degrade means nothing to stage language"):
+        choose(config, "all", ["data.degrade=camera"])
+    found = choose(config, "all", ["stages.lemma.data.degrade=camera"])
+    assert [chosen.data.degrade for chosen in found] == [*["none"] * 4, "camera"]
 
 
 def test_overrides_reach_one_stage_or_all(tmp_path):
