@@ -21,7 +21,10 @@ _NAMES_SHOWN = 10
 
 @dataclass
 class Report:
-    """Tells a person on standard error; hands each outcome to the lines of --jsonl."""
+    """Tells a person on standard error; hands each outcome to the lines of --jsonl.
+
+    `remarks` are said at the end, before the summary.
+    """
 
     quiet: bool
     verbose: bool
@@ -29,6 +32,7 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     console: Console = field(default_factory=lambda: Console(stderr=True))
     began: float = field(default_factory=time.perf_counter)
+    remarks: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         """Print a line as it is, also beside a progress bar."""
@@ -101,6 +105,8 @@ class Report:
                     f"{_number(self.counts['sharp'], 'crop')} sharp already: changed less than "
                     "others; --always turns that off."
                 )
+            for remark in self.remarks:
+                self.say(f"note: {remark}")
             self.say(self._summary(inputs, output))
         return int(self.counts["error"] + self.counts["unread"] > 0)
 

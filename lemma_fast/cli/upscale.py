@@ -168,8 +168,8 @@ def upscale(
         typer.Option(
             metavar="NAME[=FILE]",
             help="Also let a recogniser read each crop before (bicubic) and after, for --jsonl and "
-            "--compare: tesseract, or abinet, aster, crnn, matrn, moran, parseq or text_focus with "
-            "its checkpoint.",
+            "--compare: rapidocr (extra: ocr) or tesseract; or abinet, aster, crnn, matrn, moran, "
+            "parseq or text_focus with its checkpoint.",
             rich_help_panel="Reports",
         ),
     ] = None,
@@ -220,6 +220,7 @@ def upscale(
         raise typer.Exit(2)
     from lemma_fast.checkpoint import CheckpointError
     from lemma_fast.cli.stream import Stream
+    from lemma_fast.recognizers import RapidOCR
     from lemma_fast.upscale import Upscaler
 
     chosen = cast("Size", size)
@@ -234,6 +235,9 @@ def upscale(
     except ValueError as error:
         misused(error)
     report.detail(f"model {model}, {upscaler!r}")
+    if isinstance(reader, RapidOCR):
+        report.detail(f"recogniser {reader!r}")
+        report.remarks.append(reader.caution)
     stream = Stream(
         inputs,
         naming,
