@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import overload
 
@@ -93,7 +94,7 @@ class Reader:
         pictures: list[str]
         | tuple[str, ...]
         | Sequence[Image.Image]
-        | Sequence[PathLike]
+        | Sequence[os.PathLike[str]]
         | Sequence[npt.NDArray[np.uint8]],
     ) -> list[Page]: ...
     def __call__(self, pictures: Picture | Sequence[Picture]) -> Page | list[Page]:
