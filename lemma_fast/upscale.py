@@ -212,7 +212,7 @@ class Upscaler:
         chosen = self.size if size is None else _checked(size)
         results = []
         for start in range(0, len(pictures), self.batch_size):
-            taken = [_take(picture) for picture in pictures[start : start + self.batch_size]]
+            taken = [take_picture(picture) for picture in pictures[start : start + self.batch_size]]
             planes = np.stack([self.prepare(crop) for crop, _ in taken])
             for k, said in enumerate(self.infer(planes)):
                 crop, give_back = taken[k]
@@ -306,7 +306,9 @@ def _load(model: PathLike | LEMMA | Baseline, device: str | torch.device) -> LEM
     return model
 
 
-def _take(picture: Picture) -> tuple[Crop, Callable[[Image.Image], Image.Image | Bytes | Tensor]]:
+def take_picture(
+    picture: Picture,
+) -> tuple[Crop, Callable[[Image.Image], Image.Image | Bytes | Tensor]]:
     """Decode one picture, and say how its result is turned back into the same kind."""
     if isinstance(picture, Image.Image):
         return images.from_pillow(picture), lambda image: image

@@ -154,7 +154,8 @@ def evaluate(
         typer.Option(
             metavar="LIST",
             help="Who reads: abinet, aster, crnn, matrn, moran, parseq or text_focus, each with "
-            "=CHECKPOINT; tesseract; prior (the network's own); joined by commas; empty for none.",
+            "=CHECKPOINT; rapidocr (extra: ocr); tesseract; prior (the network's own); joined by "
+            "commas; empty for none.",
         ),
     ] = "prior",
     protocol: Annotated[
@@ -209,6 +210,7 @@ def evaluate(
     from lemma_fast.baselines import open_network
     from lemma_fast.devices import choose_device
     from lemma_fast.outputs import check_folder
+    from lemma_fast.recognizers import RapidOCR
     from lemma_fast.training.data.inspect import open_pairs
     from lemma_fast.training.evaluation import report
     from lemma_fast.training.evaluation.contact_sheet import contact_sheet
@@ -253,6 +255,7 @@ def evaluate(
         network = open_network(model, device=place)
         check_finite(network, model)
         readers = open_readers(recognizer, network, place, jobs)
+        programs = {name: one for name, one in readers.items() if isinstance(one, RapidOCR)}
         for crops in sets:
             # Decoded once, here, where damaged records are left out.
             crops.load()
@@ -290,12 +293,16 @@ def evaluate(
             "data": readable(", ".join(path.name for path in data)),
             "batch_size": batch_size,
             "device": place,
+            **{f"{name} runs as": str(reader) for name, reader in programs.items()},
+            **{f"{name} note": reader.caution for name, reader in programs.items()},
             "command": readable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         }
         if as_json:
             typer.echo(report.as_json(summary, about), nl=False)
         else:
             print_tables(plain_console(), *report.forms(summary))
+        for name, program in programs.items():
+            say(f"{name} ({program}): {program.caution}")
         if output is not None:
             sheet = contact_sheet(network, subsets, sets, readers)
             for path in report.write(output, summary, about, sheet):

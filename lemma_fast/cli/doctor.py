@@ -37,6 +37,7 @@ def lines() -> Iterator[tuple[str, str, bool]]:
     for package in PACKAGES:
         yield package, _version(package) or "not installed", True
     yield "triton", *_triton()
+    yield "rapidocr", *_rapidocr()
     yield "extension", *_extension()
     yield "CPU", f"{torch.get_num_threads()} threads", True
     yield from _devices()
@@ -57,6 +58,23 @@ def _triton() -> tuple[str, bool]:
     except ImportError:
         return "not installed (pip install 'lemma-fast[triton]'); the reference needs none", True
     return str(triton.__version__), True
+
+
+def _rapidocr() -> tuple[str, bool]:
+    """To have none is in order; one that is there and does not load is not."""
+    import torch
+
+    from lemma_fast.recognizers import RapidOCR
+
+    version = _version("rapidocr")
+    if version is None:
+        return "not installed (pip install 'lemma-fast[ocr]'); upscale needs none", True
+    try:
+        reader = RapidOCR()
+        reader.read(torch.ones(1, 3, 32, 128))
+    except (OSError, RuntimeError) as error:
+        return f"{version}: {reason(error)}", False
+    return f"{version}, {reader!r}", True
 
 
 def _extension() -> tuple[str, bool]:

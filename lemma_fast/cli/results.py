@@ -14,6 +14,7 @@ from lemma_fast.images import Format, image_suffixes
 from lemma_fast.outputs import check_folder
 
 if TYPE_CHECKING:
+    from lemma_fast.reading import Page
     from lemma_fast.recognizers import Reading
     from lemma_fast.upscale import Upscaled
 
@@ -50,6 +51,13 @@ class Outcome:
     def skip(self, reason: str) -> None:
         """Record that nothing was to be done."""
         self.status, self.reason = "skipped", reason
+
+
+@dataclass
+class Photographed(Outcome):
+    """What became of a photograph: what was read in it, None where nothing was."""
+
+    page: Page | None = None
 
 
 @dataclass(frozen=True)

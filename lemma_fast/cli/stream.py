@@ -27,11 +27,12 @@ from PIL import Image
 
 from lemma_fast import compare, images
 from lemma_fast.atomic import replace_file, replacing
-from lemma_fast.cli.inputs import Inputs, Source, real
+from lemma_fast.cli.inputs import Inputs, Source
 from lemma_fast.cli.results import Naming, Outcome
+from lemma_fast.cli.targets import Targets
 from lemma_fast.errors import reason
 from lemma_fast.images import Frame, ImageError, Size
-from lemma_fast.outputs import OutputError, check_folder, make_folder
+from lemma_fast.outputs import make_folder
 from lemma_fast.recognizers import Recognizer
 from lemma_fast.upscale import Upscaled, Upscaler
 
@@ -79,8 +80,7 @@ class Stream:
     def __post_init__(self) -> None:
         self._queue: deque[_Item] = deque()
         self._batch: list[_Item] = []
-        self._claims: dict[str, Source] = {}
-        self._tried: tuple[Path, str | None] | None = None
+        self._targets = Targets(self.inputs, self.naming, self.overwrite)
         self._writers: ThreadPoolExecutor
 
     def __iter__(self) -> Iterator[Outcome]:
@@ -165,10 +165,10 @@ class Stream:
         outcome = item.outcome
         if outcome.status == "error":
             return
-        if item.target is not None and self._refused(item, item.target):
+        if item.target is not None and self._targets.refused(outcome, item.target, item.exists):
             return
         if self.compare and not item.kept:
-            self._plan_comparison(item)
+            self._targets.plan_comparison(outcome)
         if item.kept:
             outcome.status = "kept"
             item.future = self._writers.submit(self._keep, item)
@@ -177,53 +177,6 @@ class Stream:
         self._batch.append(item)
         if len(self._batch) == self.upscaler.batch_size:
             self._infer_batch()
-
-    def _refused(self, item: _Item, target: Path) -> bool:
-        outcome, source = item.outcome, item.outcome.source
-        first = self._claims.setdefault(real(target), source)
-        if first is not source:
-            if source.data is None and real(first.path) == real(source.path):
-                outcome.skip("given twice")
-            else:
-                outcome.fail(
-                    f"its result would be {target}, as that of {first.path}: "
-                    "run it on its own with another --suffix"
-                )
-        elif item.exists and self._is_input(source, target):
-            outcome.fail(
-                f"its result {target} would replace an input; choose another --suffix or -o"
-            )
-        elif item.exists and not self.overwrite:
-            outcome.skip(f"{target} exists; --overwrite replaces it")
-        elif why := self._why_not_to(target.parent):
-            outcome.fail(why)
-        return outcome.status != "ok"
-
-    def _why_not_to(self, folder: Path) -> str | None:
-        """Say why no file can be written to a folder; results of one folder come in a row."""
-        if self._tried is None or self._tried[0] != folder:
-            try:
-                check_folder(folder)
-                self._tried = folder, None
-            except OutputError as error:
-                self._tried = folder, str(error)
-        return self._tried[1]
-
-    def _is_input(self, source: Source, path: Path) -> bool:
-        given = source.data is None and os.path.exists(path) and os.path.exists(source.path)
-        return (given and os.path.samefile(source.path, path)) or self.inputs.holds(path)
-
-    def _plan_comparison(self, item: _Item) -> None:
-        outcome = item.outcome
-        path = self.naming.compare(outcome.source)
-        if not os.path.lexists(path):
-            outcome.compare = path
-        elif self._is_input(outcome.source, path):
-            outcome.notes.append(f"no comparison: {path} is an input")
-        elif self.overwrite:
-            outcome.compare = path
-        else:
-            outcome.notes.append(f"no new comparison: {path} exists; --overwrite replaces it")
 
     def _infer_batch(self) -> None:
         batch, self._batch = self._batch, []
