@@ -188,8 +188,9 @@ class FoldedPrior(TextPrior):
         self.mean = plan.keep_exact(prior.mean)
         self.inverse_std = plan.keep_exact(1 / wide(prior.std))
         self.enlarge = make_resize(prior.config, plan) if resizes else nn.Identity()
-        assert isinstance(self.language, FoldedLanguage)
-        self.fused = self.language.fused
+        language = prior.get_submodule("language")
+        assert isinstance(language, FoldedLanguage)
+        self.fused = language.fused
         if self.fused:
             from lemma_fast.kernels import read_characters
 
