@@ -96,17 +96,20 @@ def read_strips(
     """
     lines = recognizer.read_lines([_pixels(strip) for strip in strips])
     best = [_with_line(strip, line) for strip, line in zip(strips, lines, strict=True)]
-    others = []
+    others: list[tuple[int, float, Strip]] = []
     for place, strip in enumerate(best):
         width, height = strip.image.size
-        quarters = (1, 3) if height > _UPRIGHT * width else (2,)
-        if len(quarters) > 1 or strip.line.confidence < _DOUBTED:
-            for turn in quarters:
-                quad = turned(strip.quad, turn)
-                others.append((place, Strip(quad, rectify(image, quad))))
-    found = recognizer.read_lines([_pixels(strip) for _, strip in others]) if others else []
-    for (place, strip), line in zip(others, found, strict=True):
-        if line.confidence > best[place].line.confidence + _SURER * (len(line.text) > 0):
+        turns = {}
+        if height > _UPRIGHT * width:
+            turns = {1: 0.0, 3: 0.0}
+        elif strip.line.confidence < _DOUBTED:
+            turns = {2: _SURER}
+        for turn, surer in turns.items():
+            quad = turned(strip.quad, turn)
+            others.append((place, surer, Strip(quad, rectify(image, quad))))
+    found = recognizer.read_lines([_pixels(strip) for _, _, strip in others]) if others else []
+    for (place, surer, strip), line in zip(others, found, strict=True):
+        if line.confidence > best[place].line.confidence + surer:
             best[place] = _with_line(strip, line)
     return best
 
