@@ -80,7 +80,7 @@ def test_the_command_upscales_by_a_baseline(folder, tmp_path, name):
     crop().save(tmp_path / "word.png")
     model = name if name == "bicubic" else str(file_of(folder, name))
     arguments = ["upscale", str(tmp_path / "word.png"), "--model", model, "--device", "cpu"]
-    ran = CliRunner().invoke(app, [*arguments, "--jsonl", "-", "--compare"])
+    ran = CliRunner().invoke(app, [*arguments, "--always", "--jsonl", "-", "--compare"])
     assert ran.exit_code == 0, ran.output
     line = json.loads(ran.stdout.splitlines()[0])
     assert line["output_size"] == [128, 32]

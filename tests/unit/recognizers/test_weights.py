@@ -41,7 +41,7 @@ def published(name: str) -> dict[str, Tensor]:
 
 
 def test_every_network_is_tried() -> None:
-    assert set(list_recognizers()) == {*NETWORKS, "tesseract"}
+    assert set(list_recognizers()) == {*NETWORKS, "rapidocr", "tesseract"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -20,6 +20,7 @@ from lemma_fast.training.data.pairs import TextZoomDataset
 from lemma_fast.training.data.verdicts import Verdicts
 from lemma_fast.training.evaluation import readings
 from lemma_fast.training.loop import folder as files
+from lemma_fast.training.loop.curves import read_curves
 from lemma_fast.training.settings import SettingsError
 from lemma_fast.training.settings.schema import Settings, plain
 
@@ -101,7 +102,7 @@ def test_a_file_of_a_run(stage: Settings, whole: dict[str, bytes], name: str, da
     read = {
         files.LAST: lambda: files.read_checkpoint(path),
         files.RESULT: lambda: files.finished(stage, accept_changes=False),
-        files.CURVES: lambda: files.read_curves(path),
+        files.CURVES: lambda: read_curves(path),
     }
     told(read[name], SettingsError)
 
