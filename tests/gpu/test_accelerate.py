@@ -37,6 +37,25 @@ def test_outputs_are_the_references(model, dtype, graphs):
         assert_outputs_near(fast, model, crops(count, "cuda"), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_inside_convolutions(model, dtype):
+    """With deterministic algorithms, which conftest.py asks for, cuDNN's operator is left out."""
+    torch.use_deterministic_algorithms(False)
+    fast = accelerate(model, dtype)
+    assert fast.plan.cudnn, fast.describe()
+    assert_outputs_near(fast, model, crops(5, "cuda"), dtype)
+    clean, _ = fast(crops(4, "cuda"))
+    spoilt = crops(4, "cuda")
+    spoilt[1, 0, 3, 5] = torch.nan
+    for _ in range(2):
+        sr, _ = fast(spoilt)
+        assert sr[1].isnan().any()
+        assert not sr[[0, 2, 3]].isnan().any()
+        assert_close(sr[[0, 2, 3]], clean[[0, 2, 3]], 1e-6)
+    # What the NaN left in the graph's memory reaches no later call.
+    assert not fast(crops(4, "cuda"))[0].isnan().any()
+
+
 def test_tf32_is_near_and_leaves_the_setting(model):
     with torch.no_grad():
         expected = model(crops(4, "cuda"))[0]
