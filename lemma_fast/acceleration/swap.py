@@ -85,7 +85,7 @@ def swap(module: nn.Module, plan: Plan) -> nn.Module:
     match module:
         case ConvNorm():
             return conv_norm(module, plan)
-        case nn.Conv2d() if keeps_size(module):
+        case nn.Conv2d():
             return Conv(conv(module), plan, (module.stride[0], module.stride[1]))
         case nn.Linear():
             return Product(linear(module), plan)
@@ -114,13 +114,6 @@ def swap(module: nn.Module, plan: Plan) -> nn.Module:
     for name, child in module.named_children():
         put(module, name, swap(child, plan))
     return module
-
-
-def keeps_size(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is of the kind that `Conv` is, but for its stride."""
-    height, width = conv.kernel_size
-    kind = (conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    return kind == ((height // 2, width // 2), (1, 1), 1, "zeros")
 
 
 def is_whole(config: LemmaConfig) -> bool:

@@ -28,6 +28,7 @@ from lemma_fast.checkpoint.files import (
 )
 from lemma_fast.checkpoint.lemma import open_published
 from lemma_fast.model import LEMMA
+from lemma_fast.outputs import reason
 from lemma_fast.recognizers import load_recognizer
 from lemma_fast.recognizers.crnn import CRNN
 
@@ -60,8 +61,8 @@ def load_baseline(
     """Open what `save_baseline` wrote or a published checkpoint, in evaluation mode.
 
     The rest is for published checkpoints, which do not tell it: `text_prior` is the checkpoint of
-    the CRNN that TATT reads with, `corrected` the entry of BaselineConfig. A published TSRN has the
-    names and shapes of TG, and is opened as that. Raises CheckpointError.
+    the CRNN that TATT or C3-STISR reads with, `corrected` the entry of BaselineConfig. A published
+    TSRN has the names and shapes of TG, and is opened as that. Raises CheckpointError.
     """
     opened = _open(Path(path), text_prior, corrected)
     if not isinstance(opened, Baseline):
@@ -144,8 +145,9 @@ def from_published(
         if reader is None:
             raise CheckpointError(
                 f"{name} reads crops by a CRNN, whose weights are a file of their own: give as "
-                f"text_prior the one that {published.repository} trained beside the network, or "
-                "the one it began with, crnn.pth from github.com/meijieru/crnn.pytorch"
+                "text_prior (lemma-fast convert --text-prior) the one that the code of "
+                f"{published.repository} trained beside the network, or the one it began with, "
+                "crnn.pth from github.com/meijieru/crnn.pytorch"
             )
         ours |= {_READER + key: tensor for key, tensor in reader.state_dict().items()}
     model.load_state_dict(ours)
@@ -158,8 +160,12 @@ def _open(path: Path, text_prior: str | Path | None, corrected: bool) -> LEMMA |
     if metadata.get("format") == FORMAT:
         _check_unasked(path, text_prior, corrected)
         return _open_ours(path)
+    if "config" in metadata:
+        _check_unasked(path, text_prior, corrected)
+        return checkpoint.load(path)
     content = read_safetensors(path)[0] if is_safetensors(path) else unpickled(path)
-    if "config" in metadata or recognized(state := named_tensors(path, content)) is None:
+    state = named_tensors(path, content)
+    if recognized(state) is None:
         _check_unasked(path, text_prior, corrected)
         return checkpoint.load(path) if is_safetensors(path) else open_published(path, content)
     reader = None
@@ -185,8 +191,9 @@ def _open_ours(path: Path) -> Baseline:
     state, metadata = read_safetensors(path)
     try:
         model = build_baseline(BaselineConfig.from_dict(json.loads(metadata["config"])))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its config cannot be used: {error}") from error
+    # A config that is damaged may also be no table, or ask for more memory than there is.
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{path}: its config cannot be used: {reason(error)}") from error
     if checkpoint.digest(state) != metadata.get("sha256"):
         raise CheckpointError(f"{path}: damaged, its tensors are not those that were written")
     load_strictly(model, state, str(path))

@@ -94,6 +94,9 @@ def test_what_is_folded_and_what_runs_it(name):
     modules = dict(fast.network.named_modules())
     recurrent = [m for m in modules.values() if isinstance(m, FoldedBiGRU)]
     assert len(recurrent) == (0 if name in ("tbsrn", "rcan") else 4)
+    # They are in the GRUs; TATT's and C3-STISR's first one adds width.
+    before = [k for k, m in modules.items() if ".before_" in k and isinstance(m, Conv)]
+    assert len(before) == (2 if name in ("tatt", "c3-stisr") else 0)
     inexact = {k: m for k, m in modules.items() if not k.startswith(("reader.", "clues."))}
     assert not any(isinstance(m, nn.BatchNorm2d) for m in inexact.values())
     if name != "rcan":

@@ -185,6 +185,8 @@ def test_files_that_are_no_baseline(tmp_path):
         ({}, {**state, "map.bias": state["map.bias"] + 1}, "damaged"),
         ({"config": '{"name": "srcnn", "channels": 7}'}, state, "its config cannot be used: chan"),
         ({"config": '{"name": "srcnn", "depth": 7}'}, state, "its config cannot be used"),
+        ({"config": "[]"}, state, "its config cannot be used"),
+        ({"config": '{"name": "srcnn", "crnn": {"depth": 7}}'}, state, "its config cannot be used"),
         ({"config": '{"name": "srcnn"}'}, state, "does not fit SRCNN.*misshapen"),
         ({"format": "another"}, state, "its format is 'another'"),
     ):

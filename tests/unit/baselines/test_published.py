@@ -20,7 +20,7 @@ from lemma_fast.baselines import (
     save_baseline,
 )
 from lemma_fast.cli import app
-from lemma_fast.recognizers import CRNN
+from lemma_fast.recognizers import CRNN, load_recognizer
 
 PUBLISHED = ("tbsrn", "pcan", "tg", "tatt", "rcan", "san", "c3-stisr")
 READING = ("tatt", "c3-stisr")
@@ -109,6 +109,8 @@ def test_the_command_makes_one_file_of_a_network_and_its_crnn(tmp_path, reader):
     opened = open_network(target)
     assert opened.config.corrected
     assert opened.config.crnn == CRNN_SIZES
+    for key, tensor in load_recognizer("crnn", reader, device="cpu").state_dict().items():
+        assert torch.equal(opened.reader.state_dict()[key], tensor), key
     with safe_open(target, "pt") as file:
         assert file.metadata()["source"] == "tatt.pth"
         assert json.loads(file.metadata()["config"])["name"] == "tatt"
