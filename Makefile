@@ -8,12 +8,18 @@ VENV_FLAGS ?=
 TORCH ?= torch==2.13.0
 # PyTorch's own index of CPU builds; on Linux the ordinary one carries gigabytes of CUDA.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# The releases that were tested, of all else; empty for the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 DEMO_OUTPUT ?= demo-output
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
 BIN := $(VENV)/bin
 CSRC := $(wildcard $(foreach d,csrc csrc/* csrc/*/* tests/emulator,$(foreach e,cpp h cu cuh,$(d)/*.$(e))))
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+INSTALL_TESTED := $(PIP_INSTALL) $(addprefix --constraint ,$(CONSTRAINTS))
+# What `make matrix` tries beside `make demo`, and with which Pythons if not all: versions or paths.
+MATRIX_TARGET ?= test
+MATRIX_PYTHONS ?=
 
 .DEFAULT_GOAL := help
 # Without `slow` and what builds or trains.
@@ -22,7 +28,8 @@ QUICK_FLAGS := -q -m 'not slow' $(addprefix --ignore=tests/unit/,benchmarks/test
     benchmarks/test_plan.py benchmarks/test_training.py csrc model/test_crnn_prior.py \
     ops/test_extension.py training/evaluation/test_evaluate.py training/loop/test_runs.py)
 
-.PHONY: help demo check test launches wheel docs lint format types bench gpu-bundle fonts system-deps clean
+.PHONY: help demo check test matrix constraints launches wheel docs lint format types bench \
+    gpu-bundle fonts system-deps clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +42,21 @@ check: lint types  ## style, types, import rules and the quick tests: under two 
 
 test: lint types  ## set up with all tools, then lint, types and every test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) --durations=25
+
+# Variables, such as TORCH=torch==2.11.0, CONSTRAINTS= and PYTEST_FLAGS, reach the clones.
+matrix:  ## `make demo` and MATRIX_TARGET with each Python here, in clean clones; a table
+	$(PYTHON) .ci/matrix.py $(MATRIX_TARGET) $(MATRIX_PYTHONS)
+
+# One resolution for all extras and Pythons. A build of PyTorch names the CUDA packages and often the
+# Triton and the setuptools that it needs, so the former are left out and the latter are limits.
+constraints: $(VENV)/.made  ## renew constraints.txt: the newest releases that pyproject.toml allows
+	$(PIP_INSTALL) -qq --upgrade --target build/uv uv
+	printf '%s\n' '$(TORCH)' 'triton>=3.6' > build/uv/overrides.txt
+	build/uv/bin/uv pip compile --quiet --system-certs --universal --python-version 3.10 \
+	    --all-extras --no-annotate --custom-compile-command 'make constraints' \
+	    --overrides build/uv/overrides.txt pyproject.toml > build/uv/resolved.txt
+	sed -E '/^(torch==|cuda-|nvidia-)/d; s/^(setuptools|triton)==/\1<=/' build/uv/resolved.txt \
+	    > constraints.txt
 
 # .venv with another Triton in front of its own.
 launches: $(VENV)/.tools  ## prove every kernel launch without a GPU, e.g. with TRITON=3.6.0
@@ -61,7 +83,8 @@ wheel: $(VENV)/.tools
 
 types: wheel  ## check types and imports of the installed wheel
 	MYPYPATH=build/installed $(BIN)/mypy -p lemma_fast
-	cd build/installed && $(abspath $(BIN))/lint-imports ../../pyproject.toml
+	cp pyproject.toml build/installed
+	cd build/installed && $(abspath $(BIN))/lint-imports
 
 docs: wheel $(VENV)/.docs  ## build the documentation site into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
@@ -95,7 +118,7 @@ $(VENV)/.made:
 	        "On Debian and Ubuntu: sudo apt-get install python3-venv" >&2; \
 	    exit 1; }
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(PIP_INSTALL) -qq --upgrade 'setuptools>=77' wheel ninja
+	$(INSTALL_TESTED) -qq --upgrade 'setuptools>=77' wheel ninja
 	@touch $@
 
 # A torch that can be imported is left alone. An index that does not answer costs pip minutes of
@@ -105,22 +128,22 @@ $(VENV)/.torch: $(VENV)/.made
 	    echo "torch is installed already."; \
 	elif nvidia-smi -L >/dev/null 2>&1; then \
 	    echo "CUDA device found: installing $(TORCH), the default build."; \
-	    $(PIP_INSTALL) '$(TORCH)'; \
+	    $(INSTALL_TESTED) '$(TORCH)'; \
 	elif $(BIN)/python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' \
 	        '$(TORCH_INDEX)/torch/' >/dev/null 2>&1; then \
 	    echo "No CUDA device: installing $(TORCH) from the index of CPU builds."; \
-	    $(PIP_INSTALL) --extra-index-url '$(TORCH_INDEX)' '$(TORCH)'; \
+	    $(INSTALL_TESTED) --extra-index-url '$(TORCH_INDEX)' '$(TORCH)'; \
 	else \
-	    echo "No CUDA device, and $(TORCH_INDEX) does not answer:" \
+	    echo "No CUDA device, and no index of CPU builds at '$(TORCH_INDEX)':" \
 	        "installing the $(TORCH) that pip is set up for."; \
-	    $(PIP_INSTALL) '$(TORCH)'; \
+	    $(INSTALL_TESTED) '$(TORCH)'; \
 	fi
 	@touch $@
 
 # The C++ extension is built with it. Without a compiler it does without, and says so here, because
 # pip keeps what a build says to itself.
-$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
-	$(PIP_INSTALL) -qq --no-build-isolation --editable .
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(CSRC) $(CONSTRAINTS)
+	$(INSTALL_TESTED) -qq --no-build-isolation --editable .
 	@if [ -f lemma_fast/_C.missing.txt ]; then \
 	    echo "Installed without the C++ extension, which the reference does not need:" \
 	        "$$(cat lemma_fast/_C.missing.txt)" >&2; \
@@ -128,9 +151,9 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.package
-	$(PIP_INSTALL) -qq --no-build-isolation --editable '.[dev,eval,onnx,train,triton]'
+	$(INSTALL_TESTED) -qq --no-build-isolation --editable '.[dev,eval,onnx,train,triton]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.tools
-	$(PIP_INSTALL) -qq --no-build-isolation --editable '.[docs]'
+	$(INSTALL_TESTED) -qq --no-build-isolation --editable '.[docs]'
 	@touch $@

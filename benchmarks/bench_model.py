@@ -10,19 +10,12 @@ import pytest
 import torch
 
 from lemma_fast import LEMMA, LemmaConfig
-from lemma_fast.bench.timing import device_name
+from lemma_fast.bench.environment import device_name
+from lemma_fast.bench.inference import deviation, judged
+from lemma_fast.bench.plan import VARIANTS, crops, default_plan, precision
 from lemma_fast.bench.training import TRAINABLE, Training
-from lemma_fast.bench.variants import (
-    VARIANTS,
-    Unavailable,
-    Variants,
-    count_work,
-    crops,
-    default_plan,
-    deviation,
-    judged,
-    precision,
-)
+from lemma_fast.bench.variants import Unavailable, Variants
+from lemma_fast.bench.work import count_work
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 PLAN = default_plan(DEVICE)

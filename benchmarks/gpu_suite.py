@@ -5,7 +5,7 @@
     python benchmarks/gpu_suite.py --train SECONDS --out FOLDER     goes on with the packaged model
     python benchmarks/gpu_suite.py --first --plan                   what comes when, on paper
     python benchmarks/gpu_suite.py --first --dry-run --out FOLDER   the same ways on the CPU, tiny
-    python benchmarks/gpu_suite.py --run -m lemma_fast.cli ...      any Python of ours
+    python benchmarks/gpu_suite.py --run -m lemma_fast.cli ...      any Python with the package
 
 Nothing is installed and nothing fetched: a folder of links stands in for the package, and
 `--bundle` names a folder with what such a machine lacks (benchmarks/gpu_bundle.py makes it). Each

@@ -13,7 +13,7 @@ Products are of the output's dtype (features', or autocast's) and add in fp32; f
 where cuDNN's convolutions may be, else three TF32 products, near fp32. The weights are packed
 [9, C, D] first: a copy, unless they are a permuted view of that in the right dtype.
 
-Bytes for N images at the paper's sizes (C = D 64, P 1024, K 500, fp32), but for the weights (147
+Bytes for N images at the paper's sizes (C = D 64, P 1024, K 500, fp32), except for the weights (147
 kB) and the position rows that all images share (262 kB):
     here       4 (C P + K D + K) = 0.39 MB an image, 25.1 MB at N = 64; 2.4 GFLOP there
     reference  4 (C P + P D) (convolution) + 8 P D (add) + 8 K D + 20 K = 1.31 MB an image,

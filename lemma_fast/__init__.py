@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from lemma_fast.checkpoint import CheckpointError, load
     from lemma_fast.config import LemmaConfig, PriorConfig
     from lemma_fast.model import LEMMA, Prior
+    from lemma_fast.reading import Page, Reader
     from lemma_fast.upscale import Upscaled, Upscaler
 
 __version__ = "0.1.0"
 __all__ = [
-    "LEMMA", "CheckpointError", "LemmaConfig", "Prior", "PriorConfig", "Upscaled", "Upscaler",
-    "__version__", "accelerate", "load",
+    "LEMMA", "CheckpointError", "LemmaConfig", "Page", "Prior", "PriorConfig", "Reader", "Upscaled",
+    "Upscaler", "__version__", "accelerate", "load",
 ]  # fmt: skip
 
 # Torch is imported with the first of these names, so that `lemma-fast --help` need not wait for it.
@@ -21,8 +22,10 @@ _HOMES = {
     "LEMMA": "model",
     "CheckpointError": "checkpoint",
     "LemmaConfig": "config",
+    "Page": "reading",
     "Prior": "model",
     "PriorConfig": "config",
+    "Reader": "reading",
     "Upscaled": "upscale",
     "Upscaler": "upscale",
     "accelerate": "acceleration",

@@ -35,13 +35,3 @@ def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file, text as UTF-8, all or nothing; see `replacing`."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, however deep (Python's own way is recursive)."""
-    missing = []
-    while not folder.is_dir() and folder != folder.parent:
-        missing.append(folder)
-        folder = folder.parent
-    for each in reversed(missing):
-        each.mkdir(exist_ok=True)

@@ -1,8 +1,11 @@
-"""The device that a name stands for."""
+"""The device that a name stands for, and the one that a network is on."""
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
+from torch import nn
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -24,3 +27,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError('device "mps" is not there on this machine')
     return chosen
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network is, bicubic's too, which has no parameters."""
+    return next(chain(model.parameters(), model.buffers())).device

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lemma_fast.outputs import reason
+from lemma_fast.errors import reason
 
 Size = Literal["native", "x2"]
 Format = Literal["png", "jpg", "webp"]
@@ -72,24 +72,45 @@ class Crop:
         visible = weight.sum()
         return 0 if visible and (grey * weight).sum() / visible > 127.5 else 255
 
-    def frame(self, size: Size, native: tuple[int, int]) -> Frame:
-        """Keep what `finish` needs; `native` is the network's own result size, width first."""
+    def frame(
+        self, size: Size, native: tuple[int, int], sharpness: float = 0.0, share: float = 1.0
+    ) -> Frame:
+        """Keep what `finish` needs; `native` is the network's own result size, width first.
+
+        `sharpness` is the crop's and `share` what the network gets of the result, see
+        `lemma_fast.sharpness`.
+        """
         target = native if size == "native" else (2 * self.rgb.width, 2 * self.rgb.height)
         alpha = self.alpha
         if alpha is not None and target[0] * target[1] < alpha.width * alpha.height:
             # A frame waits while others are read: let it be small.
             alpha = resize(alpha, target)
-        return Frame(target, alpha, self.backdrop, self.icc_profile)
+        plain = self.opaque if share < 1 else None
+        if plain is not None and target[0] * target[1] < plain.width * plain.height:
+            plain = resize(plain, target)
+        return Frame(target, alpha, self.backdrop, self.icc_profile, sharpness, share, plain)
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What of a crop goes beside the network: the result's size, and how to give alpha back."""
+    """What of a crop goes beside the network: the result's size, and how to give alpha back.
+
+    `share` of the result is the network's; the rest is `plain` (RGB), enlarged by bicubic.
+    """
 
     size: tuple[int, int]
     alpha: Image.Image | None
     backdrop: int
     icc_profile: bytes | None
+    sharpness: float = 0.0
+    share: float = 1.0
+    plain: Image.Image | None = None
+
+    def blended(self, image: Image.Image) -> Image.Image:
+        """Blend the network's image (RGB, any size) with the crop by `share`."""
+        if self.plain is None:
+            return image
+        return Image.blend(resize(self.plain, image.size), image, self.share)
 
 
 @functools.cache
@@ -154,7 +175,7 @@ def _stream(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
         return
     path = Path(source)
     try:
-        # A pipe or a device would block a reader for good.
+        # A pipe or a device would block a reader forever.
         if path.exists() and not path.is_file():
             raise ImageError("a folder" if path.is_dir() else "not a regular file")
         file = path.open("rb")
@@ -284,7 +305,7 @@ def finish(image: Image.Image, frame: Frame) -> Image.Image:
 
     What `frame.backdrop` lent to the colours of transparent pixels is taken out again.
     """
-    image = resize(image, frame.size)
+    image = frame.blended(resize(image, frame.size))
     if frame.alpha is not None:
         alpha = resize(frame.alpha, frame.size)
         share = np.asarray(alpha, dtype=np.float32)[..., None] / 255

@@ -1,6 +1,6 @@
 """ONNX: the network in evaluation, for any batch size from 1 on, with its recurrences as GRU nodes.
 
-What is exported is the reference, but for two operations in ONNX's own terms: `bigru` is one GRU
+What is exported is the reference, except for two operations in ONNX's own terms: `bigru` is one GRU
 node, which PyTorch's exporter would first unroll, and `compress_select` asks TopK, which in ONNX
 promises what PyTorch's does not, that of equal scores the lower position comes first.
 """

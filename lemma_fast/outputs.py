@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lemma_fast.errors import reason
+
 
 class OutputError(ValueError):
     """An output that must not or cannot be written; the message is one sentence with its name."""
@@ -25,13 +27,15 @@ def check_output(
     inputs: Iterable[str | Path] = (),
     endings: tuple[str, ...] = (),
     made_here: Callable[[Path], bool] | None = None,
+    way_out: str = "--overwrite replaces it",
 ) -> None:
     """Raise OutputError unless `path` may be written and can be; leaves nothing behind.
 
     `option` is how the user named it, such as "-o", for the message. `inputs` are the files that
     are read. `endings`, in lower case, are those that the name may have; capitals count as the
     same. A file that is there is replaced with `overwrite` alone, or where `made_here` says that an
-    earlier run of this command wrote it; that is not asked of a link.
+    earlier run of this command wrote it; that is not asked of a link. `way_out` ends the message
+    about it.
     """
     name = f"{option} {path}" if option else str(path)
     if endings and path.suffix.lower() not in endings:
@@ -45,7 +49,7 @@ def check_output(
             own = made_here is not None and not path.is_symlink() and made_here(path)
             if not overwrite and not own:
                 kind = "exists and is a link" if path.is_symlink() else "exists"
-                raise OutputError(f"{name} {kind}; --overwrite replaces it")
+                raise OutputError(f"{name} {kind}; {way_out}")
         if not os.path.isdir(path.parent):
             raise OutputError(f"{name}: there is no folder {path.parent}")
         _try_to_write(path.parent)
@@ -70,18 +74,21 @@ def check_folder(path: Path, option: str = "") -> None:
         raise OutputError(f"cannot write to {name}: {reason(error)}") from None
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, however deep (Python's own way is recursive)."""
+    missing = []
+    while not folder.is_dir() and folder != folder.parent:
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+
+
 def is_stream(path: Path) -> bool:
     """Whether `path` is a device or a pipe, which takes what is written and keeps nothing."""
     return str(path).startswith(("/dev/", "/proc/")) or (
         os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     )
-
-
-def reason(error: BaseException) -> str:
-    """Say in a few words what an exception says."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[0].lower() + error.strerror[1:]
-    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _same(path: Path, source: str | Path) -> bool:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from lemma_fast import images
 from lemma_fast.acceleration import accelerate as make_fast
-from lemma_fast.checkpoint import load
+from lemma_fast.baselines import Baseline, BaselineConfig, open_network
 from lemma_fast.checkpoint.files import unwrapped
 from lemma_fast.config import LemmaConfig
-from lemma_fast.devices import choose_device
-from lemma_fast.images import Crop, ImageError, Size
+from lemma_fast.devices import choose_device, device_of
+from lemma_fast.images import Crop, Frame, ImageError, Size
 from lemma_fast.model import LEMMA
+from lemma_fast.model.prior import Prior
+from lemma_fast.sharpness import network_share, sharpness
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -40,13 +42,21 @@ class Upscaled:
     `image` is the result; that of `Upscaler.infer` has the network's own size, 128x32. `text` is
     what the prior reads, in lower case; `length` counts the positions it holds valid, end mark
     included; `attention` float32 [16, 64] is the largest attention that a valid position pays to
-    each pixel: where the characters are.
+    each pixel: where the characters are. A baseline says none of this: no text, length 0, zeros.
+    `sharpness` is that of the crop, and `share` of the result is the network's (the rest is
+    bicubic's), see `lemma_fast.sharpness`.
     """
 
     image: Image.Image
     text: str
     length: int
     attention: npt.NDArray[np.float32]
+    sharpness: float = 0.0
+    share: float = 1.0
+
+    def judged(self, frame: Frame) -> Upscaled:
+        """Add the crop's sharpness and the network's share, which its frame holds."""
+        return replace(self, sharpness=frame.sharpness, share=frame.share)
 
 
 class Upscaler:
@@ -57,13 +67,18 @@ class Upscaler:
         arrays = up([array_a, array_b])                 # uint8 [H, W, 3], in RGB order
         record = up.run("crop.png")                     # .image, .text, .length, .attention
 
-    `model` is what `lemma_fast.load` takes, or a LEMMA; one that is in training mode, of another
-    type than float32 or on another device than asked for is copied, not changed. `device` "auto"
-    is the first CUDA device where there is one, else the CPU; for a LEMMA, the device it is on.
+    `model` is what `lemma_fast.load` takes, a baseline's file or "bicubic", or a network; one that
+    is in training mode, of another type than float32 or on another device than asked for is copied,
+    not changed. `device` "auto" is the first CUDA device where there is one, else the CPU; for a
+    network, the device it is on.
     `dtype` "auto" is float32, on CUDA with PyTorch's TF32 setting; bfloat16 is only used when
     asked for.
     `batch_size` None is 32 on the CPU and 256 elsewhere. With `accelerate`, what runs is the copy
     that `lemma_fast.accelerate` makes (the attribute `network`), else the model itself.
+
+    With `always`, every result is the network's. Without it, as in the command `upscale`, half of
+    the result of a crop that is sharp already is its bicubic enlargement, because it has little to
+    gain and letters to lose (`lemma_fast.sharpness`).
 
     Every crop goes through the network at 16x64. `size` "native" returns its 32x128, which is what
     recognisers take; "x2" twice the crop's own width and height. One object may serve many threads,
@@ -73,12 +88,13 @@ class Upscaler:
 
     def __init__(
         self,
-        model: PathLike | LEMMA = "small",
+        model: PathLike | LEMMA | Baseline = "small",
         device: str | torch.device = "auto",
         dtype: str = "auto",
         batch_size: int | None = None,
         size: Size = "native",
         accelerate: bool = True,
+        always: bool = True,
     ) -> None:
         _heed_fork()
         if dtype not in DTYPES:
@@ -89,17 +105,18 @@ class Upscaler:
         self.model = _load(model, device)
         # It may be in a wrapper, which has no config.
         inner = unwrapped(self.model)
-        self.config = config = cast(LemmaConfig, inner.config)
-        if config.in_channels != 4:
+        self.config = config = cast(LemmaConfig | BaselineConfig, inner.config)
+        if isinstance(config, LemmaConfig) and config.in_channels != 4:
             raise ValueError(
                 f"the model takes {config.in_channels} channels; crops give 4, RGB and a mask"
             )
-        self.device = next(self.model.parameters()).device
+        self.device = device_of(self.model)
         # What only looks like a LEMMA is called as it is.
-        self.accelerated = accelerate and isinstance(inner, LEMMA)
+        self.accelerated = accelerate and isinstance(inner, LEMMA | Baseline)
         self.network: nn.Module = self._made_fast()
         self.batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
         self.size = size
+        self.always = always
 
     @property
     def size(self) -> Size:
@@ -195,22 +212,30 @@ class Upscaler:
         chosen = self.size if size is None else _checked(size)
         results = []
         for start in range(0, len(pictures), self.batch_size):
-            taken = [_take(picture) for picture in pictures[start : start + self.batch_size]]
-            inferred = self.infer(np.stack([self.prepare(crop) for crop, _ in taken]))
-            for (crop, give_back), said in zip(taken, inferred, strict=True):
-                image = images.finish(said.image, crop.frame(chosen, self.native))
-                results.append((replace(said, image=image), give_back(image)))
+            taken = [take_picture(picture) for picture in pictures[start : start + self.batch_size]]
+            planes = np.stack([self.prepare(crop) for crop, _ in taken])
+            for k, said in enumerate(self.infer(planes)):
+                crop, give_back = taken[k]
+                frame = self.frame(crop, planes[k], chosen)
+                image = images.finish(said.image, frame)
+                results.append((replace(said.judged(frame), image=image), give_back(image)))
         return results
 
     @property
     def native(self) -> tuple[int, int]:
         """Width and height of what the network returns."""
-        config = self.config
-        return config.scale * config.width, config.scale * config.height
+        height, width = self.config.size
+        return self.config.scale * width, self.config.scale * height
 
     def prepare(self, crop: Crop) -> npt.NDArray[np.float32]:
         """Make the network's input of a crop: float32 [4, 16, 64]."""
         return images.network_input(crop.opaque, *self.config.size)
+
+    def frame(self, crop: Crop, planes: npt.NDArray[np.float32], size: Size) -> Frame:
+        """Keep what a result needs of its crop, whose `prepare` gave `planes`."""
+        sharp = sharpness(planes)
+        share = 1.0 if self.always else network_share(sharp)
+        return crop.frame(size, self.native, sharp, share)
 
     def infer(self, crops: npt.NDArray[np.float32]) -> list[Upscaled]:
         """Run the network once on [N, 4, 16, 64], in one batch.
@@ -220,23 +245,34 @@ class Upscaler:
         _heed_fork()
         half = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with torch.inference_mode(), half:
-            sr, prior = self.network(torch.from_numpy(crops).to(self.device))
+            lr = torch.from_numpy(crops[:, : self.config.in_channels]).to(self.device)
+            result = self.network(lr)
+            sr, prior = (result, None) if isinstance(result, Tensor) else result
             if not bool(sr.isfinite().all()):
                 raise RuntimeError("the network's result is not finite; float32 may help")
             pixels = sr[:, :3].float().clamp(0, 1).mul(255).round().to(torch.uint8)
-            lengths = prior.pt_lengths
-            index = torch.arange(prior.attn_map.shape[1], device=lengths.device)
-            live = (index < lengths[:, None])[:, :, None, None]
-            attention = (prior.attn_map.float() * live).amax(1).clamp(min=0)
-            classes = prior.img_logits.argmax(-1)
+            said = self._said(prior, len(sr))
+        pictures = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return [
-            Upscaled(Image.fromarray(picture), self.config.spell(row), int(length), heat)
-            for picture, row, length, heat in zip(
-                pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(),
-                classes.tolist(),
-                lengths.tolist(),
-                attention.cpu().numpy(),
-                strict=True,
+            Upscaled(Image.fromarray(picture), *rest)
+            for picture, rest in zip(pictures, said, strict=True)
+        ]
+
+    def _said(
+        self, prior: Prior | None, count: int
+    ) -> list[tuple[str, int, npt.NDArray[np.float32]]]:
+        """Text, length and attention of each crop."""
+        if prior is None or not isinstance(self.config, LemmaConfig):
+            return [("", 0, np.zeros(self.config.size, np.float32)) for _ in range(count)]
+        lengths = prior.pt_lengths
+        index = torch.arange(prior.attn_map.shape[1], device=lengths.device)
+        live = (index < lengths[:, None])[:, :, None, None]
+        attention = (prior.attn_map.float() * live).amax(1).clamp(min=0)
+        classes = prior.img_logits.argmax(-1)
+        return [
+            (self.config.spell(row), int(length), heat)
+            for row, length, heat in zip(
+                classes.tolist(), lengths.tolist(), attention.cpu().numpy(), strict=True
             )
         ]
 
@@ -255,14 +291,14 @@ def _checked(size: Size) -> Size:
     return size
 
 
-def _load(model: PathLike | LEMMA, device: str | torch.device) -> LEMMA:
+def _load(model: PathLike | LEMMA | Baseline, device: str | torch.device) -> LEMMA | Baseline:
     """Open or take a model, in evaluation mode and float32, on the device."""
     if isinstance(model, str | os.PathLike):
         # A text may be a packaged name, a path never is.
         source = model if isinstance(model, str) else Path(model)
-        model = load(source, device=choose_device(device))
+        model = open_network(source, choose_device(device))
         device = "auto"
-    here = next(model.parameters()).device
+    here = device_of(model)
     there = here if device == "auto" else choose_device(device)
     narrow = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
     if model.training or narrow or here != torch.empty(0, device=there).device:
@@ -270,7 +306,9 @@ def _load(model: PathLike | LEMMA, device: str | torch.device) -> LEMMA:
     return model
 
 
-def _take(picture: Picture) -> tuple[Crop, Callable[[Image.Image], Image.Image | Bytes | Tensor]]:
+def take_picture(
+    picture: Picture,
+) -> tuple[Crop, Callable[[Image.Image], Image.Image | Bytes | Tensor]]:
     """Decode one picture, and say how its result is turned back into the same kind."""
     if isinstance(picture, Image.Image):
         return images.from_pillow(picture), lambda image: image

@@ -1,5 +1,6 @@
 """The scene for every test: interpreted kernels without a GPU, fixed seeds, poisoned memory."""
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,25 @@ if not torch.cuda.is_available():
 # Parallel workers with a thread pool each would fight over the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    """Let Triton 3.6's interpreter read a loop's bound from arrays of NumPy 2.4, as 3.7's does."""
+    try:
+        release = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if not release.startswith("3.6."):
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: type, scope: interpreter._LangPatchScope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_with_index
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,10 @@
 """Every Triton kernel at the paper's sizes, and at a few others, as cases to compile.
 
 The cases are the launches that the operations make of tensors of those sizes, so they follow the
-kernels' signatures and launch tables. Use them in a process with TRITON_INTERPRET set.
+kernels' signatures and launch tables. Parameters have the types that the network gives them: fp32
+in training, where autocast casts, and the maps' in the accelerated network. So most cases are
+launches of tests/launches too, and compiled once for both. Use them in a process with
+TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -14,12 +17,20 @@ from aot import Case
 from recorded_launches import Launch, record
 from torch import Tensor
 
+from lemma_fast.kernels.add_norm import add_norm
+from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.kernels.bigru import bigru_add
+from lemma_fast.kernels.cloze_attention import cloze_attention
+from lemma_fast.kernels.position_attention import position_attention, split
+from lemma_fast.kernels.read_characters import read_characters, valid_lengths
 from lemma_fast.ops import fused
 from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
+CHANNELS_LAST, ROWS = torch.channels_last, torch.contiguous_format
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The paper's: images, channels, map, characters, selected positions.
 N, C, H, W, T, K = 64, 64, 16, 64, 26, 500
+CLASSES = 37
 
 
 def _gradients(out: Tensor | tuple[Tensor, ...]) -> None:
@@ -32,7 +43,8 @@ def _bigru(dtype: torch.dtype, train: bool) -> None:
 
     The vertical one differs in strides and length alone.
     """
-    weights = BiGRUWeights(*torch.nn.GRU(C, C // 2, bidirectional=True).parameters())
+    gru = torch.nn.GRU(C, C // 2, bidirectional=True)
+    weights = BiGRUWeights(*(gru if train else gru.to(dtype)).parameters())
     features = torch.zeros(N, C, H, W, dtype=dtype)
     if train:
         _gradients(fused.bigru(features.requires_grad_(), 3, weights))
@@ -44,7 +56,8 @@ def _sparse_cross_attention(dtype: torch.dtype, train: bool) -> None:
     def layer() -> CrossAttentionWeights:
         shapes = ((3 * C, C), (3 * C,), (C, C), (C,), (C,), (C,))
         shapes += ((C, C), (C,), (C, C), (C,), (C,), (C,))
-        return CrossAttentionWeights(*map(torch.zeros, shapes))
+        kept = torch.float32 if train else dtype
+        return CrossAttentionWeights(*(torch.zeros(shape, dtype=kept) for shape in shapes))
 
     # Two images are enough: no case depends on their number.
     selected = torch.zeros(2, K, C, dtype=dtype, requires_grad=train)
@@ -78,7 +91,8 @@ def _compress_select_of_most() -> None:
 def _gather_region(dtype: torch.dtype, images: int = N, train: bool = True) -> None:
     features = torch.zeros(images, C, H, W, dtype=dtype, requires_grad=True)
     weight = torch.zeros(C, C, 3, 3, dtype=dtype, requires_grad=True)
-    positions = torch.zeros(1, H * W, C).expand(images, -1, -1)
+    kept = torch.float32 if train else dtype
+    positions = torch.zeros(1, H * W, C, dtype=kept).expand(images, -1, -1)
     index = torch.arange(K, dtype=torch.int32).expand(images, K).contiguous()
     bias = torch.zeros(C, dtype=dtype, requires_grad=True)
     if train:
@@ -96,6 +110,52 @@ def _location_enhance(
     _gradients(fused.location_enhance(logits, features))
 
 
+def _bias_act(dtype: torch.dtype, kind: str) -> None:
+    """As the network has it: a sum with a ReLU, a mish, a PReLU, upsampling."""
+    y, add = torch.zeros(2, 2, C, H, W, dtype=dtype).unbind()
+    y, add = (x.contiguous(memory_format=CHANNELS_LAST) for x in (y, add))
+    bias, slope = torch.zeros(C, dtype=dtype), torch.zeros(1, dtype=dtype)
+    match kind:
+        case "sum and ReLU":
+            bias_act(y, bias, add, "relu")
+        case "mish":
+            bias_act(y, bias, activation="mish")
+        case "PReLU":
+            bias_act(y, bias, slope=slope)
+        case "upsampled":
+            bias_act(y, bias, add, "relu", add_last=True, size=(2 * H, 2 * W))
+
+
+def _position_attention(dtype: torch.dtype) -> None:
+    width = 8 * C
+    keys = torch.zeros(2, H * W // 4, width, dtype=dtype)
+    queries = split(torch.zeros(T, width), dtype)
+    position_attention(keys, torch.zeros(width, dtype=dtype), queries, keys.clone())
+
+
+def _read_characters(dtype: torch.dtype, alone: bool) -> None:
+    logits = torch.zeros(2, T, CLASSES, dtype=dtype)
+    (valid_lengths if alone else read_characters)(logits, 2)
+
+
+def _cloze_attention(dtype: torch.dtype) -> None:
+    q, k, v = torch.zeros(2, T, 24 * C, dtype=dtype).chunk(3, dim=2)
+    cloze_attention(q, k, v, torch.zeros(2, dtype=torch.int64), 8)
+
+
+def _add_norm(dtype: torch.dtype, columns: int) -> None:
+    rows = torch.zeros(2, 256, columns, dtype=dtype)
+    weight = torch.zeros(columns, dtype=dtype)
+    add_norm(rows, rows.clone(), weight, weight.clone())
+
+
+def _bigru_add(dtype: torch.dtype) -> None:
+    """The vertical GRU with the block's sum at its store."""
+    weights = BiGRUWeights(*torch.nn.GRU(C, C // 2, bidirectional=True).to(dtype).parameters())
+    features = torch.zeros(N, C, H, W, dtype=dtype).to(memory_format=CHANNELS_LAST)
+    bigru_add(features, features.clone(), 2, weights)
+
+
 Steps = dict[str, Callable[[], None]]
 
 
@@ -107,10 +167,11 @@ def _both(step: Callable[[torch.dtype, bool], None], *names: str) -> Steps:
     }
 
 
-CHANNELS_LAST, ROWS = torch.channels_last, torch.contiguous_format
 BF16, FP32 = torch.bfloat16, torch.float32
+EPILOGUES = ("sum and ReLU", "mish", "PReLU", "upsampled")
 GROUPS: dict[str, Steps] = {
     "bigru": _both(_bigru, "bf16", "fp32"),
+    "bigru add": {"bf16 sum": partial(_bigru_add, torch.bfloat16)},
     "bigru fp16": {"fp16 inference": partial(_bigru, torch.float16, train=False)},
     **{f"sparse_cross_attention {name}": _both(_sparse_cross_attention, name) for name in TYPES},
     "compress_select": {
@@ -123,6 +184,21 @@ GROUPS: dict[str, Steps] = {
         "bf16 training": partial(_gather_region, BF16),
         "fp32 training": partial(_gather_region, FP32),
         "fp32 one image": partial(_gather_region, FP32, images=1),
+    },
+    "bias_act": {
+        **{f"bf16 {kind}": partial(_bias_act, BF16, kind) for kind in EPILOGUES},
+        "fp32 sum and ReLU": partial(_bias_act, FP32, "sum and ReLU"),
+    },
+    "position_attention": {"bf16": partial(_position_attention, BF16)},
+    "read_characters": {
+        "bf16": partial(_read_characters, BF16, alone=False),
+        "bf16 lengths alone": partial(_read_characters, BF16, alone=True),
+    },
+    "cloze_attention": {name: partial(_cloze_attention, TYPES[name]) for name in ("bf16", "fp32")},
+    "add_norm": {
+        "bf16 512": partial(_add_norm, BF16, 512),
+        "bf16 64": partial(_add_norm, BF16, 64),
+        "fp32 512": partial(_add_norm, FP32, 512),
     },
     "location_enhance": {
         "fp32": partial(_location_enhance, FP32, ROWS),

@@ -4,7 +4,7 @@
 
 prints a table, and with --write changes budgets/graph_nodes.json, the budget. FakeTensors on "cuda"
 run the forward pass as a capture would, and every operator is logged. An operator is one kernel,
-but for those in `LAUNCHES`; a node of the graph is one launch. A call on the host (a copy from or
+except those in `LAUNCHES`; a node of the graph is one launch. A call on the host (a copy from or
 to it, a wait) is logged too; there may be none.
 """
 
@@ -14,21 +14,24 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import cudnn_stand_in  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lemma_fast import LEMMA, LemmaConfig
+from lemma_fast.acceleration import epilogues
 from lemma_fast.acceleration.layers import Plan
 from lemma_fast.acceleration.swap import folded
 from lemma_fast.ops import adafm
@@ -92,9 +95,8 @@ class Log(TorchDispatchMode):
         name = str(func)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if name == "aten.convolution.default" and channels_last(given[0]):
-            # FakeTensors of torch 2.11 forget it.
-            out = out.contiguous(memory_format=torch.channels_last)
+        if name == "aten.convolution.default":
+            out = laid_out(out, *given[:2])
         if func.is_view or NOTHING.match(name):
             return out
         from_host = any(x.device.type == "cpu" and x.dim() for x in given)
@@ -103,16 +105,24 @@ class Log(TorchDispatchMode):
         stage = ATTENTION if "sparse_cross_attention" in name else self.stage
         copied = layout_copies(name, given, made)
         self.copies[stage] += copied
-        self.nodes[stage, name] += launches(name, args, copied)
+        count = launches(name, args, copied)
+        self.nodes[stage, name] += count
+        self.note(stage, name, count, args, made)
         return out
+
+    def note(
+        self, stage: str, name: str, count: int, args: tuple[Any, ...], made: list[Tensor]
+    ) -> None:
+        """Hear of an operator's launches; for who wants to know more than their number."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """In place of PyTorch's, whose choice of a kernel asks the device; heads come out last."""
         count = 1 if attn_mask is None else MASKED_ATTENTION
-        self.nodes[self.stage, "attention" + ("" if attn_mask is None else ", masked")] += count
-        return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
-            1, 2
-        )
+        name = "attention" + ("" if attn_mask is None else ", masked")
+        self.nodes[self.stage, name] += count
+        made = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
+        self.note(self.stage, name, count, (q, k, v), [made])
+        return made.transpose(1, 2)
 
     @contextmanager
     def watching(self, network: nn.Module) -> Iterator[None]:
@@ -146,11 +156,17 @@ def channels_last(x: Tensor) -> bool:
     )
 
 
+def laid_out(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Lay a convolution's result out as cuDNN does; a CPU build's FakeTensors do not."""
+    last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+    return out.contiguous(memory_format=torch.channels_last) if last else out
+
+
 def layout_copies(name: str, given: list[Tensor], made: list[Tensor]) -> int:
     """Copies of a map to the other layout."""
     if name == "lemma_fast.adafm_inference.default":
-        # It computes channels-first, and copies maps in and out that are not.
-        return sum(map(channels_last, (*given[:2], *made)))
+        # It copies a guidance that lies otherwise than the features do.
+        return int(channels_last(given[0]) != channels_last(given[1]))
     if not re.match(r"aten\.(clone|_to_copy|copy_|contiguous)\.", name):
         return 0
     return int(given[-1].dim() == 4 and channels_last(given[-1]) != channels_last(made[0]))
@@ -164,12 +180,15 @@ def launches(name: str, args: tuple[Any, ...], copied: int) -> int:
     return LAUNCHES.get(name, 1) + inside
 
 
-def count(dtype: torch.dtype, batches: tuple[int, ...] = (64,)) -> list[Log]:
+def count(
+    dtype: torch.dtype, batches: tuple[int, ...] = (64,), kind: Callable[[], Log] = Log
+) -> list[Log]:
     """Log the forward pass of the network `base` for each number of crops."""
     logs = []
     # Without an index a PyTorch for the CPU would ask which device is the present one.
     device = torch.device("cuda", 0)
-    plan = Plan(device, dtype, packed=False, cpp=False, fused=True, compiled=True)
+    cudnn = dtype in epilogues.DTYPES
+    plan = Plan(device, dtype, packed=False, cpp=False, fused=True, compiled=True, cudnn=cudnn)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
@@ -182,7 +201,7 @@ def count(dtype: torch.dtype, batches: tuple[int, ...] = (64,)) -> list[Log]:
         with mock.patch("copy.deepcopy", lambda network: network):
             network = folded(LEMMA(LemmaConfig.base()).eval(), plan)
         for batch in batches:
-            log = Log()
+            log = kind()
             lr = torch.empty(batch, 4, 16, 64, device=plan.device)
             attention = mock.patch.object(F, "scaled_dot_product_attention", log.attention)
             with log.watching(network), attention, log:

@@ -55,15 +55,20 @@ def _value(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         matches = (g for start, end, g in GAINS if key.startswith(start) and key.endswith(end))
         return next(matches, 1.0) / math.sqrt(math.prod(shape[1:])) * rng.standard_normal(shape)
     if key == "stn_head.stn_fc2.bias":
-        x = np.linspace(0.01, 0.99, 10)
-        edges = [np.stack([x, np.full(10, y)], 1) for y in (0.01, 1.0 - 0.01)]
-        return np.concatenate(edges).reshape(-1) + 0.02 * rng.standard_normal(shape)
+        return edge_points() + 0.02 * rng.standard_normal(shape)
     if last == "weight":
         return rng.uniform(*((0.1, 0.4) if shape == (1,) else (0.5, 1.5)), shape)
     value = 0.1 * rng.standard_normal(shape)
     if key in NULL_BOOST:
         value[0] += NULL_BOOST[key][seed]
     return value
+
+
+def edge_points() -> np.ndarray:
+    """The rectifier's control points before the draws are added, [40]."""
+    x = np.linspace(0.01, 0.99, 10)
+    edges = [np.stack([x, np.full(10, y)], 1) for y in (0.01, 1.0 - 0.01)]
+    return np.concatenate(edges).reshape(-1)
 
 
 @cache

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from published_network import GAINS as PRIOR_GAINS
-
-from lemma_fast.model.rectify import edge_points
+from published_network import edge_points
 
 DATA = Path(__file__).parent / "golden" / "data" / "recognizers"
 
@@ -83,18 +82,21 @@ def key_rng(key: str, seed: int) -> np.random.Generator:
 
 
 def _gain(model: str, key: str) -> float:
-    for matches, gain in GAINS[model]:
+    for matches, gain in GAINS.get(model, ()):
         if matches(key):
             return gain
     # ABINet and MATRN have the prior's parts, and its gains.
-    inside = f"position_prior.{key}"
+    both = (key, f"position_prior.{key}")
     matching = (
-        g for start, end, g in PRIOR_GAINS if inside.startswith(start) and key.endswith(end)
+        g
+        for name in both
+        for start, end, g in PRIOR_GAINS
+        if name.startswith(start) and name.endswith(end)
     )
     return next(matching, 1.0)
 
 
-def _value(model: str, key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def value(model: str, key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     rng = key_rng(key, seed)
     last = key.rsplit(".", 1)[-1]
     if key in TABLES:
@@ -106,19 +108,17 @@ def _value(model: str, key: str, shape: tuple[int, ...], seed: int) -> np.ndarra
     if last in ("a_2", "running_var", "weight"):
         return rng.uniform(0.5, 1.5, shape)
     if key == "stn_head.stn_fc2.bias":
-        return edge_points(20, (0.01, 0.01)).double().flatten().numpy() + 0.02 * (
-            rng.standard_normal(shape)
-        )
-    value = 0.1 * rng.standard_normal(shape)
+        return edge_points() + 0.02 * rng.standard_normal(shape)
+    drawn = 0.1 * rng.standard_normal(shape)
     if (model, key) in BOOST:
         element, boost = BOOST[model, key]
-        value[element] += boost
-    return value
+        drawn[element] += boost
+    return drawn
 
 
-def published_table(model: str) -> list[tuple[str, tuple[int, ...], str]]:
+def published_table(model: str, folder: Path = DATA) -> list[tuple[str, tuple[int, ...], str]]:
     """Key, shape, dtype of everything in the published state_dict."""
-    rows = (DATA / f"{model}.tsv").read_text().splitlines()[1:]
+    rows = (folder / f"{model}.tsv").read_text().splitlines()[1:]
     table = []
     for row in rows:
         key, shape, dtype = row.split("\t")
@@ -138,8 +138,8 @@ def published_state(model: str, seed: int) -> dict[str, torch.Tensor]:
         if key.endswith((".num_batches_tracked", ".pe")) or key.startswith("tps."):
             state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
         else:
-            value = _value(model, key, shape, seed).astype(np.float32)
-            state[key] = torch.from_numpy(np.ascontiguousarray(value))
+            filled = value(model, key, shape, seed).astype(np.float32)
+            state[key] = torch.from_numpy(np.ascontiguousarray(filled))
     return state
 
 

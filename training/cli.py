@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional, cast
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional, cast
 
 import typer
 
@@ -82,7 +82,11 @@ def train(
     """Train the stages of a config, one or all; goes on where it stopped."""
     from lemma_fast.training.settings import as_yaml, choose
 
-    with _ending("the same command goes on from what was saved"):
+    advice = (
+        "lower run.batch_size or data.workers, or use data.cache=none; the steps that were saved "
+        "are kept (--accept-changes goes on with them)"
+    )
+    with _ending("the same command goes on from what was saved", advice):
         chosen = choose(config, stage, overrides or [])
         if show:
             typer.echo(as_yaml(chosen), nl=False)
@@ -97,7 +101,7 @@ def _train(
     restart: bool,
     accept_changes: bool,
 ) -> None:
-    from lemma_fast.training.evaluation.tables import readable
+    from lemma_fast.training.evaluation.tables import one_line
     from lemma_fast.training.loop.fit import fit
 
     begun = time.monotonic()
@@ -125,7 +129,7 @@ def _train(
                 shown += f", best {metric} {best[metric]:.4g} at step {best['step']:.0f}"
             by = "" if stopped is None else f" by {stopped.name}"
             done = "finished" if outcome.finished else f"stopped{by}; the same command goes on"
-            typer.echo(readable(f"{shown}: {done} ({outcome.folder})"))
+            typer.echo(one_line(f"{shown}: {done} ({outcome.folder})"))
         if stopped is not None:
             raise typer.Exit(stopped.code)
         if not outcome.finished:
@@ -150,7 +154,8 @@ def evaluate(
         typer.Option(
             metavar="LIST",
             help="Who reads: abinet, aster, crnn, matrn, moran, parseq or text_focus, each with "
-            "=CHECKPOINT; tesseract; prior (the network's own); joined by commas; empty for none.",
+            "=CHECKPOINT; rapidocr (extra: ocr); tesseract; prior (the network's own); joined by "
+            "commas; empty for none.",
         ),
     ] = "prior",
     protocol: Annotated[
@@ -191,14 +196,24 @@ def evaluate(
         bool, typer.Option("--no-cache", help="Read everything, keep nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Let -o replace files that no evaluation has written."),
+    ] = False,
 ) -> None:
-    """Compare bicubic, super-resolved and true crops: what is read, PSNR and SSIM."""
+    """Compare bicubic, super-resolved and true crops: what is read, PSNR and SSIM.
+
+    Damaged records are left out, named and counted; then the exit code is 1.
+    """
     from rich.progress import Progress
 
     from lemma_fast.baselines import open_network
     from lemma_fast.devices import choose_device
+    from lemma_fast.outputs import check_folder
+    from lemma_fast.recognizers import RapidOCR
     from lemma_fast.training.data.inspect import open_pairs
     from lemma_fast.training.evaluation import report
+    from lemma_fast.training.evaluation.contact_sheet import contact_sheet
     from lemma_fast.training.evaluation.evaluate import (
         Protocol,
         check_finite,
@@ -207,7 +222,13 @@ def evaluate(
     )
     from lemma_fast.training.evaluation.readings import default_folder, open_readings
     from lemma_fast.training.evaluation.summary import subset_names, summarize
-    from lemma_fast.training.evaluation.tables import plain_console, print_tables, readable
+    from lemma_fast.training.evaluation.tables import (
+        one_line,
+        plain_console,
+        print_tables,
+        readable,
+        skipped_lines,
+    )
 
     if protocol not in ("corrected", "official"):
         raise typer.BadParameter(f"--protocol is corrected or official, not {protocol}")
@@ -217,17 +238,24 @@ def evaluate(
     console = plain_console(stderr=True)
 
     def say(text: str) -> None:
-        console.print(readable(f"note: {text}"), soft_wrap=True)
+        console.print(one_line(f"note: {text}"), soft_wrap=True)
 
-    with _ending("what recognisers have read is kept, unless --no-cache forbids it"):
+    with _ending(
+        "what recognisers have read is kept, unless --no-cache forbids it",
+        "lower --batch-size, or evaluate fewer sets at once",
+    ):
         names = subset_names(data)
+        sets = [open_pairs(path) for path in data]
         if output is not None:
-            report.prepare(output, plot=bool(recognizer))
+            read = (file for crops in sets for file in crops.files())
+            report.prepare(output, plot=bool(recognizer), overwrite=overwrite, inputs=read)
+        if cache is not None:
+            check_folder(cache, "--cache")
         place = str(choose_device(device))
         network = open_network(model, device=place)
         check_finite(network, model)
         readers = open_readers(recognizer, network, place, jobs)
-        sets = [open_pairs(path) for path in data]
+        programs = {name: one for name, one in readers.items() if isinstance(one, RapidOCR)}
         for crops in sets:
             # Decoded once, here, where damaged records are left out.
             crops.load()
@@ -265,16 +293,25 @@ def evaluate(
             "data": readable(", ".join(path.name for path in data)),
             "batch_size": batch_size,
             "device": place,
+            **{f"{name} runs as": str(reader) for name, reader in programs.items()},
+            **{f"{name} note": reader.caution for name, reader in programs.items()},
             "command": readable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         }
         if as_json:
             typer.echo(report.as_json(summary, about), nl=False)
         else:
             print_tables(plain_console(), *report.forms(summary))
+        for name, program in programs.items():
+            say(f"{name} ({program}): {program.caution}")
         if output is not None:
-            sheet = report.contact_sheet(network, subsets, sets, readers)
+            sheet = contact_sheet(network, subsets, sets, readers)
             for path in report.write(output, summary, about, sheet):
-                console.print(readable(f"wrote {path}"), soft_wrap=True)
+                console.print(one_line(f"wrote {path}"), soft_wrap=True)
+        left_out = [str(record) for crops in sets for record in crops.skipped]
+        for text in skipped_lines(left_out, "--json and -o list all"):
+            console.print(text, soft_wrap=True)
+        if left_out:
+            raise typer.Exit(1)
 
 
 @app.command(
@@ -297,8 +334,11 @@ def data(context: typer.Context) -> None:
 
 
 @contextmanager
-def _ending(kept: str) -> Iterator[None]:
-    """Turn what ends a command into one sentence and an exit code; `kept` is said of a signal."""
+def _ending(kept: str, advice: str) -> Iterator[None]:
+    """Turn what ends a command into one sentence and an exit code.
+
+    `kept` is said of a signal, `advice` where memory runs out.
+    """
     try:
         with raising():
             yield
@@ -306,10 +346,24 @@ def _ending(kept: str) -> Iterator[None]:
         typer.echo(f"{stopped.name}: stopped; {kept}", err=True)
         raise typer.Exit(stopped.code) from stopped
     except (OSError, ValueError, FloatingPointError) as error:
-        from lemma_fast.training.evaluation.tables import readable
+        from lemma_fast.training.failures import in_short
 
-        said = str(error)
+        said = in_short(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            said = f"{os.fsdecode(error.filename)}: {error.strerror}"
-        typer.echo(readable(f"error: {said}"), err=True)
-        raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
+            # Of a file that was to be replaced by a new one, its own name is the second.
+            said = f"{os.fsdecode(error.filename2 or error.filename)}: {error.strerror}"
+        _fail(said, error, 1 if isinstance(error, FloatingPointError) else 2)
+    except (RuntimeError, MemoryError) as error:
+        from lemma_fast.training.failures import explained
+
+        outside = explained(error, advice)
+        if outside is None:
+            raise
+        _fail(outside, error, 2)
+
+
+def _fail(said: str, error: Exception, code: int) -> NoReturn:
+    from lemma_fast.training.evaluation.tables import one_line
+
+    typer.echo(one_line(f"error: {said}"), err=True)
+    raise typer.Exit(code) from error

@@ -22,7 +22,14 @@ from lemma_fast.training.data.lmdb import is_lmdb
 from lemma_fast.training.data.pack import pack as pack_folder
 from lemma_fast.training.data.pack import unpack
 from lemma_fast.training.data.pairs import Skipped
-from lemma_fast.training.evaluation.tables import plain_console, print_tables, readable
+from lemma_fast.training.evaluation.tables import (
+    one_line,
+    plain_console,
+    print_tables,
+    readable,
+    skipped_lines,
+)
+from lemma_fast.training.failures import explained
 from lemma_fast.training.signals import Stopped, raising
 from lemma_fast.training.synthesis.degrade import STRENGTHS
 from lemma_fast.training.synthesis.faces import missing_packages
@@ -32,7 +39,6 @@ from lemma_fast.training.synthesis.words import Split
 app = typer.Typer(help="Make, look at and convert training data.", no_args_is_help=True)
 _out = plain_console()
 _err = plain_console(stderr=True)
-_SHOWN = 20
 _MAKER = "lemma-fast data inspect"
 
 
@@ -167,6 +173,12 @@ def _ending(left: Callable[[], str]) -> Iterator[None]:
     except ValueError as wrong:
         _say(f"error: {wrong}")
         raise typer.Exit(2) from wrong
+    except (RuntimeError, MemoryError) as wrong:
+        said = explained(wrong, f"free some, or use fewer --jobs; {left()}")
+        if said is None:
+            raise
+        _say(f"error: {said}")
+        raise typer.Exit(2) from wrong
 
 
 @contextmanager
@@ -207,9 +219,9 @@ def _print_report(report: Report) -> None:
     beside = Table(show_header=False)
     below = Table(show_header=False, box=None, padding=0)
     for name, value in rows.items():
-        beside.add_row(name, readable(value))
-        below.add_row(f"{name}:")
-        below.add_row(f"  {readable(value)}")
+        beside.add_row(one_line(name), one_line(value))
+        below.add_row(one_line(f"{name}:"))
+        below.add_row(f"  {one_line(value)}")
     _tell(report.path)
     print_tables(_out, [beside], [below])
     _print_skipped(report.skipped)
@@ -222,10 +234,8 @@ def _counts(counts: dict[str, int] | dict[int, int], shown: int = 6) -> str:
 
 
 def _print_skipped(skipped: list[Skipped]) -> None:
-    for record in skipped[:_SHOWN]:
-        _say(f"skipped {record.id}: {record.reason}")
-    if len(skipped) > _SHOWN:
-        _say(f"and {len(skipped) - _SHOWN} more (`data inspect --json` lists all)")
+    for line in skipped_lines([*map(str, skipped)], "`data inspect --json` lists all"):
+        _say(line)
 
 
 def _write_sheet(image: Image.Image, path: Path) -> None:
@@ -246,8 +256,8 @@ def _is_sheet(path: Path) -> bool:
 
 
 def _tell(text: str) -> None:
-    _out.print(readable(text), soft_wrap=True)
+    _out.print(one_line(text), soft_wrap=True)
 
 
 def _say(text: str) -> None:
-    _err.print(readable(text), soft_wrap=True)
+    _err.print(one_line(text), soft_wrap=True)

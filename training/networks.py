@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lemma_fast.baselines import Baseline
 from lemma_fast.model import LEMMA
@@ -21,8 +18,3 @@ def super_resolve(model: LEMMA | Baseline, lr: Tensor) -> tuple[Tensor, Prior | 
         return model(lr[:, : model.config.in_channels]), None
     sr, prior = model(lr)
     return sr, prior
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a network is, bicubic's too, which has no parameters."""
-    return next(chain(model.parameters(), model.buffers())).device

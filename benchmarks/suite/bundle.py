@@ -64,7 +64,8 @@ class Bundle:
 def sources() -> str:
     """A digest of what the library is made of."""
     digest = hashlib.sha256()
-    for path in [*sorted((ROOT / "csrc").iterdir()), ROOT / "setup.py"]:
+    for path in [*sorted((ROOT / "csrc").rglob("*")), ROOT / "setup.py"]:
         if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            name = path.relative_to(ROOT).as_posix()
+            digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from suite.records import Record
 
 _CODE = """
 import json, torch
-from lemma_fast.bench.timing import environment
+from lemma_fast.bench.environment import environment
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(json.dumps(environment(torch.device(device))))
 """

@@ -19,20 +19,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lemma_fast import LEMMA, LemmaConfig, PriorConfig
+from lemma_fast.bench.inference import prepare, time_rows
+from lemma_fast.bench.plan import PRECISIONS, Plan, Row, crops, precision
 from lemma_fast.bench.run import random_network
 from lemma_fast.bench.timing import Clock, Timed, in_turn, spread
 from lemma_fast.bench.training import Training
-from lemma_fast.bench.variants import (
-    PRECISIONS,
-    Plan,
-    Row,
-    Variants,
-    count_work,
-    crops,
-    precision,
-    prepare,
-    time_rows,
-)
+from lemma_fast.bench.variants import Variants
+from lemma_fast.bench.work import count_work
 from suite.plan import AUTOTUNE, Part
 from suite.records import Record, Records
 

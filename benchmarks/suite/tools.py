@@ -17,7 +17,7 @@ from torch import Tensor
 from suite.plan import SUITE
 from suite.records import Record, Records
 
-#: The kernels of ours: Triton's begin with an underscore.
+#: The package's kernels: Triton's begin with an underscore.
 OURS = "regex:^_|^(pool|fuse|fold|pack|mix|rows|write|gate_forward)_kernel"
 PLACES = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute", "/usr/local/cuda/nsight-compute")
 #: What ncu is asked for: whether a kernel is bound by memory or by arithmetic.

@@ -68,7 +68,7 @@ def train(
 
 
 def lemma_fast(*arguments: str) -> list[str]:
-    """A command of ours, as the linked package has it."""
+    """A command of lemma-fast, as the linked package has it."""
     return [sys.executable, "-m", "lemma_fast.cli", *arguments]
 
 

@@ -4,8 +4,8 @@
 #include <tuple>
 #include <vector>
 
+#include "adafm/binding.h"
 #include "adafm/cpu/passes.h"
-#include "adafm/parameters.h"
 
 namespace lemma_fast::adafm {
 namespace {

@@ -9,7 +9,7 @@
 
 #include <tuple>
 
-#include "adafm/parameters.h"
+#include "adafm/binding.h"
 
 // torch's CUDA half has it; weak, so that the library loads where there is none.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -75,15 +75,20 @@ Tensor inference(const Tensor& features, const Tensor& guidance, const Tensor& f
                       folded.device() == features.device() &&
                       folded.numel() == static_cast<int64_t>(folded_bytes(shape)),
                   "AdaFM's folded parameters are for other maps");
-  const Tensor out = empty_contiguous(features);
+  // The result lies as the features do, and a guidance that lies otherwise is copied.
+  const bool last = is_channels_last(features);
+  const MemoryFormat format = last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  const Tensor out = torch::stable::empty(features.sizes(), features.scalar_type(), std::nullopt,
+                                          features.device(), std::nullopt, format);
   if (features.numel() > 0) {
     const Place place(features);
-    const Tensor r = torch::stable::contiguous(features), g = torch::stable::contiguous(guidance);
+    const Tensor r = torch::stable::contiguous(features, format),
+                 g = torch::stable::contiguous(guidance, format);
     const Tensor space = bytes(inference_workspace_bytes(shape), features);
-    check(inference_cuda(shape, r.data_ptr(), g.data_ptr(), folded.data_ptr(), out.data_ptr(),
+    check(inference_cuda(shape, last, r.data_ptr(), g.data_ptr(), folded.data_ptr(), out.data_ptr(),
                          space.data_ptr(), place.stream));
   }
-  return laid_out(out, features);
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& features, const Tensor& guidance,

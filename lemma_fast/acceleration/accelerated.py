@@ -13,16 +13,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from lemma_fast.acceleration import epilogues
+from lemma_fast.acceleration.baselines import folded_baseline, is_alone
 from lemma_fast.acceleration.graphs import CudaRecorder
 from lemma_fast.acceleration.layers import Plan, can_pack
 from lemma_fast.acceleration.parts import Parts, Recordings, Run
 from lemma_fast.acceleration.swap import folded
+from lemma_fast.baselines import Baseline, BaselineConfig
 from lemma_fast.checkpoint import CheckpointError, from_published
 from lemma_fast.checkpoint.files import plain_names, stored_tensors, unwrapped
 from lemma_fast.config import LemmaConfig
+from lemma_fast.devices import device_of
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import Prior
-from lemma_fast.ops import Operations, cpu, extension
+from lemma_fast.ops import Operations, cpu, extension, reference
 from lemma_fast.ops.precision import tensor_cores
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,10 +44,10 @@ class Accelerated(nn.Module):
 
     def __init__(
         self,
-        config: LemmaConfig,
-        network: LEMMA,
+        config: LemmaConfig | BaselineConfig,
+        network: nn.Module,
         plan: Plan,
-        max_batch: int,
+        max_batch: int | None,
         graphs: bool,
         reuse_output: bool,
         tf32: bool | None,
@@ -79,14 +83,17 @@ class Accelerated(nn.Module):
 
         No gradient is recorded. Raises ValueError for another shape or device.
         """
+        sr, *prior = self._outputs(lr)
+        return sr, Prior(*prior)
+
+    def _outputs(self, lr: Tensor) -> tuple[Tensor, ...]:
         expected = (self.config.in_channels, *self.config.size)
         if lr.dim() != 4 or lr.shape[1:] != expected:
             raise ValueError(f"lr must be [N, {', '.join(map(str, expected))}], got {[*lr.shape]}")
         if lr.device != self.device:
             raise ValueError(f"lr is on {lr.device}, the accelerated model on {self.device}")
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            sr, *prior = self.parts(lr)
-        return sr, Prior(*prior)
+            return self.parts(lr)
 
     def describe(self) -> dict[str, str]:
         """What runs each part, in words, for people and for the records of a measurement."""
@@ -94,6 +101,7 @@ class Accelerated(nn.Module):
         library = "PyTorch"
         recurrent = "Triton" if plan.fused else "C++" if plan.cpp else library
         fusion = library if not plan.compiled else "CUDA" if plan.fused else "C++"
+        following = "cuDNN, Triton" if plan.cudnn else "Triton" if plan.fused else None
         said = {
             "device": str(plan.device),
             "dtype": str(plan.dtype).removeprefix("torch."),
@@ -101,8 +109,10 @@ class Accelerated(nn.Module):
             "3x3 convolutions": "C++, Winograd" if plan.cpp else "as the others",
             "recurrences": recurrent,
             "adaptive fusion": fusion,
-            "batches": f"parts of at most {self.parts.limit}",
+            "batches": f"parts of at most {limit}" if (limit := self.parts.limit) else "whole",
         }
+        if following is not None:
+            said["sums and activations"] = following
         if plan.device.type == "cuda":
             said["cuda graphs"] = "off" if self.recordings is None else "on"
             said["tf32"] = "PyTorch's setting" if self.tf32 is None else str(self.tf32).lower()
@@ -134,10 +144,32 @@ class Accelerated(nn.Module):
         )
 
 
-def _run(network: LEMMA, exact: torch.dtype, tf32: bool | None, lr: Tensor) -> tuple[Tensor, ...]:
+class AcceleratedBaseline(Accelerated):
+    """What `accelerate` returns of a network of Table 3, which returns the image alone."""
+
+    def forward(self, lr: Tensor) -> Tensor:  # type: ignore[override]
+        """Double the size of a batch of crops [N, C, H, W], as `Baseline.forward` does.
+
+        No gradient is recorded. Raises ValueError for another shape or device.
+        """
+        return self._outputs(lr)[0]
+
+    def describe(self) -> dict[str, str]:
+        """As `Accelerated.describe`, without the fusion that only LEMMA has."""
+        said = super().describe()
+        said.pop("adaptive fusion")
+        return said
+
+
+def _run(
+    network: nn.Module, exact: torch.dtype, tf32: bool | None, lr: Tensor
+) -> tuple[Tensor, ...]:
     """All outputs of one batch, in `exact`."""
     with tensor_cores(tf32):
-        sr, prior = network(lr.to(exact))
+        result = network(lr.to(exact))
+        if isinstance(result, Tensor):
+            return (result.to(exact),)
+        sr, prior = result
         logits = prior.img_logits.to(exact), prior.text_logits.to(exact)
         return sr.to(exact), prior.attn_map, *logits, prior.pt_lengths
 
@@ -180,8 +212,9 @@ def accelerate(
         fast = lemma_fast.accelerate(model)
         sr, prior = fast(lr)
 
-    `model` is a LEMMA, or an instance of the published class (known by its state_dict), in any
-    mode; it is not changed. The copy is for evaluation and runs on the model's device. `dtype` None
+    `model` is a LEMMA, an instance of the published class (known by its state_dict), or a baseline,
+    in any mode; it is not changed. The copy is for evaluation and runs on the model's device, in
+    one batch for TATT, unless it is `corrected`, as its results depend on the batch. `dtype` None
     is the model's own; with bfloat16 or float16 the score maps, the selection and all outputs are
     still float32. `tf32` lets float32 use TF32 on CUDA, None leaves that to PyTorch's settings.
 
@@ -199,13 +232,14 @@ def accelerate(
     """
     lemma = recognized(model)
     if training:
+        if isinstance(lemma, Baseline):
+            raise TypeError("training is for a LEMMA: build a baseline with fused operations (ops)")
         rest = (dtype, tf32, max_batch, graphs, with_attention, reuse_output)
         if rest != (None, None, None, None, True, False):
             raise ValueError("with training, accelerate takes no other argument")
         return trainable(lemma)
-    first = next(lemma.parameters())
-    dtype = first.dtype if dtype is None else dtype
-    device = first.device
+    dtype = next((p.dtype for p in lemma.parameters()), torch.float32) if dtype is None else dtype
+    device = device_of(lemma)
     on_cuda = device.type == "cuda"
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, not one of {', '.join(map(str, DTYPES))}")
@@ -217,14 +251,26 @@ def accelerate(
         raise ValueError(f"graphs and reuse_output are for CUDA, the model is on {device}")
     if reuse_output and graphs is False:
         raise ValueError("reuse_output needs graphs: without them every output is fresh")
-    graphs = on_cuda if graphs is None else graphs
-    max_batch = max_batch or (CUDA_PART if on_cuda else CPU_PART)
+    whole = isinstance(lemma, Baseline) and not is_alone(lemma)
+    if whole and (graphs or max_batch is not None):
+        raise ValueError(
+            "graphs and max_batch need results that do not depend on the batch: a TATT that is "
+            "corrected"
+        )
+    graphs = on_cuda and not whole if graphs is None else graphs
+    if not whole:
+        max_batch = max_batch or (CUDA_PART if on_cuda else CPU_PART)
     with torch.inference_mode(False), torch.no_grad():
         plan, why_plain = make_plan(device, dtype, lemma.config.channels)
-        network = folded(lemma, plan, with_attention)
-        return Accelerated(
-            lemma.config, network, plan, max_batch, graphs, reuse_output, tf32, why_plain
-        )
+        made: tuple[type[Accelerated], nn.Module]
+        if isinstance(lemma, Baseline):
+            # The Triton kernels are proved for LEMMA's maps alone; on CUDA PyTorch's layers run.
+            plan = replace(plan, fused=False, cudnn=False)
+            made = AcceleratedBaseline, folded_baseline(lemma, plan)
+        else:
+            made = Accelerated, folded(lemma, plan, with_attention)
+        kind, network = made
+        return kind(lemma.config, network, plan, max_batch, graphs, reuse_output, tf32, why_plain)
 
 
 def training_operations(device: str) -> Operations:
@@ -233,7 +279,7 @@ def training_operations(device: str) -> Operations:
     On `cuda` these are all six; on the `cpu` the adaptive fusion, in C++. Raises ImportError where
     what they need is missing, ValueError for another device.
     """
-    from lemma_fast.ops import fused, reference
+    from lemma_fast.ops import fused
 
     if device not in ("cuda", "cpu"):
         raise ValueError(f"training is accelerated on CUDA and the CPU, not on {device}")
@@ -248,26 +294,28 @@ def training_operations(device: str) -> Operations:
 
 def trainable(model: LEMMA) -> LEMMA:
     """Copy a network into one with the `training_operations` of its device."""
-    first = next(model.parameters())
-    copied = LEMMA(model.config, ops=training_operations(first.device.type))
-    copied.load_state_dict(stored_tensors(model))
+    copied = _copied(model, training_operations(next(model.parameters()).device.type))
     for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
-    return copied.to(first.device, first.dtype).train()
+    return copied.train()
 
 
-def recognized(model: nn.Module) -> LEMMA:
-    """Return `model` itself, or the LEMMA in a wrapper, or one with a published instance's weights.
+def recognized(model: nn.Module) -> LEMMA | Baseline:
+    """Return `model` itself, or the one in a wrapper, or one with a published instance's weights.
 
     Raises TypeError for anything else.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a LEMMA, not {type(model).__name__}")
     inner = unwrapped(model)
+    if isinstance(inner, Baseline):
+        return inner
     if isinstance(inner, LEMMA):
         names = inner.state_dict().keys()
         # Parts of it may be wrapped too, and what is folded is found by names and types.
-        return inner if plain_names("", inner.state_dict()).keys() == names else _bare(inner)
+        if plain_names("", inner.state_dict()).keys() == names:
+            return inner
+        return _copied(inner).train(inner.training)
     try:
         found = from_published(inner.state_dict())
     except CheckpointError as error:
@@ -278,12 +326,12 @@ def recognized(model: nn.Module) -> LEMMA:
     return found.to(first.device, first.dtype)
 
 
-def _bare(model: LEMMA) -> LEMMA:
+def _copied(model: LEMMA, ops: Operations = reference) -> LEMMA:
     """Return a network with the same weights, without the wrappers around its parts."""
     first = next(model.parameters())
-    bare = LEMMA(model.config)
-    bare.load_state_dict(stored_tensors(model))
-    return bare.to(first.device, first.dtype).train(model.training)
+    copied = LEMMA(model.config, ops)
+    copied.load_state_dict(stored_tensors(model))
+    return copied.to(first.device, first.dtype)
 
 
 def make_plan(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Plan, str | None]:
@@ -301,7 +349,11 @@ def make_plan(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[
             most = _register_fusion()
             if channels > most:
                 why = f"the CUDA code of the adaptive fusion takes {most} channels, not {channels}"
-        return replace(plan, fused=True, compiled=why is None), why
+        compiled = why is None
+        without_cudnn = epilogues.cudnn_missing(device, dtype)
+        if without_cudnn is not None and dtype in epilogues.DTYPES:
+            why = "; ".join(filter(None, (why, f"sums in convolutions: {without_cudnn}")))
+        return replace(plan, fused=True, compiled=compiled, cudnn=without_cudnn is None), why
     if device.type != "cpu" or dtype != torch.float32:
         return plan, "the C++ operations are for float32 on the CPU"
     why = extension.missing()

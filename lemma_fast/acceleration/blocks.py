@@ -7,19 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.acceleration import folding
-from lemma_fast.acceleration.layers import Conv, Plan, Product
-from lemma_fast.model.blocks import AdaFM, BiGRU, Upsampler
+from lemma_fast.acceleration.layers import Conv, Plan, Product, conv_norm
+from lemma_fast.model.blocks import AdaFM, BiGRU, RecurrentBlock, Upsampler
 from lemma_fast.ops import cpu
 from lemma_fast.ops.precision import convolutions_allow_tf32
-from lemma_fast.ops.weights import BiGRUWeights, flat
+from lemma_fast.ops.weights import AdaFMWeights, BiGRUWeights, flat
 
 
 class FoldedAdaFM(nn.Module):
     """Adaptive fusion in plain products, its batch norms folded: for where nothing is compiled."""
 
-    def __init__(self, fusion: AdaFM, plan: Plan) -> None:
+    def __init__(self, weights: AdaFMWeights, plan: Plan) -> None:
         super().__init__()
-        folded = folding.adafm(fusion.weights())
+        folded = folding.adafm(weights)
         self.guidance = Product(folded.guidance, plan)
         self.features = plan.keep(folded.features.T)
         self.slopes = plan.keep(folded.slopes)
@@ -62,16 +62,44 @@ class FoldedAdaFM(nn.Module):
 class CompiledAdaFM(nn.Module):
     """Adaptive fusion in compiled code, which folds the batch norms itself."""
 
-    def __init__(self, fusion: AdaFM, plan: Plan) -> None:
+    def __init__(self, weights: AdaFMWeights, plan: Plan) -> None:
         super().__init__()
-        weights = [
-            w.detach().to(plan.device, plan.wide).contiguous() for w in flat(fusion.weights())
-        ]
-        self.folded = torch.ops.lemma_fast.adafm_fold(weights, plan.dtype)
+        given = [w.detach().to(plan.device, plan.wide).contiguous() for w in flat(weights)]
+        self.folded = torch.ops.lemma_fast.adafm_fold(given, plan.dtype)
 
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
         tf32 = convolutions_allow_tf32()
         return torch.ops.lemma_fast.adafm_inference(features, guidance, self.folded, tf32)
+
+
+def fusion(module: AdaFM, plan: Plan, shift: Tensor | None = None) -> nn.Module:
+    """The adaptive fusion's form for a plan; `shift` [C] is what its features still lack."""
+    weights = module.weights()
+    if shift is not None:
+        weights = folding.shifted(weights, shift)
+    return CompiledAdaFM(weights, plan) if plan.compiled else FoldedAdaFM(weights, plan)
+
+
+class FusedBlock(nn.Module):
+    """`RecurrentBlock` with the fused kernels.
+
+    The second convolution's bias is the fusion's, the sum lies in the vertical GRU's store, and the
+    norm in the horizontal one's weights.
+    """
+
+    def __init__(self, block: RecurrentBlock, plan: Plan) -> None:
+        super().__init__()
+        assert isinstance(block.fusion, AdaFM)
+        second = folding.conv(block.conv2.conv, block.conv2.norm)
+        self.conv1 = conv_norm(block.conv1, plan)
+        self.conv2 = Conv(second, plan, biased=False)
+        self.fusion = fusion(block.fusion, plan, second.bias)
+        self.vertical = FoldedBiGRU(block.vertical, plan)
+        self.horizontal = FoldedBiGRU(block.horizontal, plan, block.norm)
+
+    def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
+        residual = self.fusion(self.conv2(self.conv1(features)), guidance)
+        return self.horizontal(self.vertical(residual, add=features))
 
 
 class FoldedBiGRU(nn.Module):
@@ -86,7 +114,12 @@ class FoldedBiGRU(nn.Module):
         if plan.cpp:
             self.packed = cpu.pack_bigru(weights)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, add: Tensor | None = None) -> Tensor:
+        """Run the GRU; `add`, of the result's shape, is for the fused kernel alone."""
+        if add is not None:
+            from lemma_fast.kernels.bigru import bigru_add
+
+            return bigru_add(features, add, self.axis, self.weights)
         if self.plan.cpp:
             return cpu.bigru_packed(features, self.axis, self.packed, self.hidden)
         if self.plan.fused:

@@ -1,7 +1,7 @@
 """What evaluation makes constant: batch norms folded into their neighbours, matrices of resizes.
 
 Everything is computed in fp64 and rounded once, by the layer that keeps it. SPEC section 7 lists
-the identities; each is exact but for rounding.
+the identities; each is exact except for rounding.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FoldedAdaFM(NamedTuple):
 
 
 def wide(x: Tensor) -> Tensor:
-    """A parameter in fp64, on the CPU, for good."""
+    """A copy of a parameter in fp64, on the CPU."""
     return x.detach().cpu().double()
 
 
@@ -68,8 +68,9 @@ def conv(convolution: nn.Conv2d, norm: nn.Module | None = None) -> Affine:
 
 
 def linear(layer: nn.Linear) -> Affine:
-    """Parameters of a linear layer that has a bias."""
-    return Affine(wide(layer.weight), wide(layer.bias))
+    """Parameters of a linear layer; zeros for a bias that it lacks."""
+    weight, bias = wide(layer.weight), dict(layer.named_parameters()).get("bias")
+    return Affine(weight, weight.new_zeros(len(weight)) if bias is None else wide(bias))
 
 
 def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -112,6 +113,17 @@ def adafm(weights: AdaFMWeights) -> FoldedAdaFM:
         aggregate_slope=wide(weights.aggregate.slope).expand(C),
         output=Affine(output, (mix3.bias + aggregate.bias) * out_scale + out_shift),
     )
+
+
+def shifted(weights: AdaFMWeights, shift: Tensor) -> AdaFMWeights:
+    """Adaptive fusion that adds `shift` [C] to its features, in the branches' first biases."""
+
+    def branch(old: BranchWeights) -> BranchWeights:
+        reduce = wide(old.reduce_weight).flatten(1)[:, : len(shift)]
+        return old._replace(reduce_bias=wide(old.reduce_bias) + reduce @ shift)
+
+    first, second, third = weights.branches
+    return weights._replace(branches=(branch(first), branch(second), branch(third)))
 
 
 def bigru(weights: BiGRUWeights, norm: nn.Module | None = None) -> BiGRUWeights:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.acceleration.folding import Affine, conv, resize_matrix, stack, wide
@@ -46,15 +45,13 @@ class FoldedGuidance(nn.Module):
         expansion = guidance.expansion
         self.expand = nn.ModuleList(
             [
-                Conv(conv(expansion.conv1, expansion.norm1), plan),
-                Conv(conv(expansion.conv2, expansion.norm2), plan),
-                Conv(conv(expansion.conv3), plan),
+                Conv(conv(expansion.conv1, expansion.norm1), plan, slope=expansion.act1.weight),
+                Conv(conv(expansion.conv2, expansion.norm2), plan, slope=expansion.act2.weight),
+                # It has no bias; on the CPU its zeros cost nothing.
+                Conv(conv(expansion.conv3), plan, biased=not plan.fused),
             ]
         )
-        self.slopes = [plan.keep(act.weight.detach()) for act in (expansion.act1, expansion.act2)]
-        self.region = Conv(conv(guidance.pixel_to_region), plan)
         self.positions = plan.keep(guidance.positions)
-        self.resize = make_resize(config, plan)
 
         grid = config.prior.reduction
         h, w = 2 * config.height // grid, 2 * config.width // grid
@@ -89,6 +86,8 @@ class FoldedGuidance(nn.Module):
                 for modules in (to_text, to_image)
             ]
             return
+        self.resize = make_resize(config, plan)
+        self.region = Conv(conv(guidance.pixel_to_region), plan)
         self.to_text_queries = nn.ModuleList(Product(projections(m, 0, 1), plan) for m in to_text)
         self.to_text = nn.ModuleList(Heads(layer, plan) for layer in to_text)
         self.seen = Product(stack([projections(layer, 1, 3) for layer in to_text]), plan)
@@ -136,9 +135,11 @@ class FoldedGuidance(nn.Module):
         positions = self.positions.expand(len(text), -1, -1)
         selected = ops.gather_region(enhanced, index, *self.region_weights, positions)
         heads = self.config.heads
-        return ops.sparse_cross_attention(
+        guidance = ops.sparse_cross_attention(
             text, selected, index, self.size, *self.layer_weights, heads
         )
+        # All blocks read it, as they read their features.
+        return guidance.contiguous(memory_format=torch.channels_last)
 
     def _text(self, prior: Prior, h_attn: Tensor) -> Tensor:
         looked = h_attn.flatten(2).to(self.resized_positions.dtype)
@@ -162,9 +163,11 @@ class FoldedGuidance(nn.Module):
         return score.view(N, *self.size), index, order
 
     def _logits(self, score: Tensor) -> Tensor:
-        x = score[:, None].contiguous(memory_format=torch.channels_last)
-        x = F.prelu(self.expand[0](x), self.slopes[0])
-        return self.expand[2](F.prelu(self.expand[1](x), self.slopes[1]))
+        # With a stride of 1 for its one channel, a map is channels-last for cuDNN too.
+        x = score[:, :, :, None].permute(0, 3, 1, 2)
+        for convolution in self.expand:
+            x = convolution(x)
+        return x
 
     def _enhance(self, score: Tensor, features: Tensor) -> Tensor:
         """X_pos, channels-last; the softmax's divisor and the norm's scale meet in one factor."""

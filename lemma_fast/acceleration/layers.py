@@ -1,12 +1,15 @@
 """Convolutions and products of the accelerated network, in the form its device runs best.
 
-On the CPU in fp32 weights are packed once into oneDNN's layout, and what follows a convolution or
-product (a bias, a sum, a ReLU) is done while its result is in the cache. Feature maps are
-channels-last, so that a map [N, C, H, W] is rows [N, H * W, C] without a copy.
+What follows a convolution or a product (a bias, a sum, an activation, a norm) is done while its
+result is at hand. On the CPU in fp32 weights are packed once into oneDNN's layout. On CUDA cuDNN
+and cuBLAS take what they can into the same kernel, and one pass does the rest: docs/kernels.md says
+which. Feature maps are channels-last, so that a map [N, C, H, W] is rows [N, H * W, C] without a
+copy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -24,6 +27,8 @@ SMALLEST_WINOGRAD = 16
 # of 2 x 2 results are less than half of those of 4 x 4.
 LARGE_WINOGRAD = 256
 FEW_POSITIONS = 2 * 256
+# cuDNN's fused kernels read 16 bytes at a time: eight channels of 16 bits.
+ALIGNED = 8
 # Up to here PyTorch's fused attention on the CPU takes longer than its parts.
 FEW_KEYS = 32
 
@@ -42,6 +47,8 @@ class Plan:
     """The Triton kernels of `ops.fused`."""
     compiled: bool
     """The C++ or CUDA code of the adaptive fusion."""
+    cudnn: bool = False
+    """cuDNN's convolution with a sum and a ReLU in it."""
 
     @property
     def wide(self) -> torch.dtype:
@@ -72,7 +79,8 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 class Conv(nn.Module):
     """Convolution that keeps the size, or divides it by `stride`, an activation and a sum.
 
-    `mish`, and a 1x1 kernel without a stride, are only for where there is no sum.
+    `mish`, a PReLU's `slope`, and a 1x1 kernel without a stride are only for where there is no sum.
+    Where it is not `biased`, somebody else adds the bias.
     """
 
     def __init__(
@@ -81,14 +89,18 @@ class Conv(nn.Module):
         plan: Plan,
         stride: int | tuple[int, int] = 1,
         activation: Activation = "none",
+        slope: Tensor | None = None,
+        biased: bool = True,
     ) -> None:
         super().__init__()
         D, C, height, width = affine.weight.shape
         self.stride = [stride, stride] if isinstance(stride, int) else list(stride)
         self.padding = [height // 2, width // 2]
         self.activation = activation
-        self.bias = plan.keep(affine.bias)
-        self.packed = plan.packed
+        self.slope = None if slope is None else plan.keep(wide(slope))
+        self.bias = plan.keep(affine.bias) if biased else None
+        self.packed, self.fused = plan.packed, plan.fused
+        self.cudnn = plan.cudnn and activation == "relu" and C % ALIGNED == D % ALIGNED == 0
         self.few: Tensor | None = None
         self.product: Product | None = None
         self.winograd = (
@@ -101,11 +113,13 @@ class Conv(nn.Module):
             if min(C, D) >= LARGE_WINOGRAD:
                 self.few = cpu.pack_winograd(affine.weight, tile=2)
             return
-        # oneDNN's 1x1 convolution takes fourteen times as long for one size; its product never.
+        # oneDNN's 1x1 convolution takes fourteen times as long for one size; its product never. On
+        # CUDA a product has the ReLU in it, but heeds another setting of TF32 than a convolution.
         pointwise = (height, width, *self.stride) == (1, 1, 1, 1)
-        if plan.packed and pointwise and activation != "mish":
+        as_product = plan.packed or (plan.fused and plan.dtype != torch.float32)
+        if as_product and pointwise and activation != "mish" and slope is None:
             rows = Affine(affine.weight.flatten(1), affine.bias)
-            self.product = Product(rows, plan, relu=activation == "relu")
+            self.product = Product(rows, plan, activation == "relu", biased)
             return
         self.weight = plan.keep(affine.weight).contiguous(memory_format=torch.channels_last)
         if plan.packed:
@@ -119,16 +133,50 @@ class Conv(nn.Module):
             weight = self.weight
             if self.few is not None and x.numel() <= FEW_POSITIONS * x.shape[1]:
                 weight = self.few
-            return cpu.winograd(x, weight, self.bias, add, self.activation)
+            assert self.bias is not None
+            return self._sloped(cpu.winograd(x, weight, self.bias, add, self.activation))
         if self.product is not None:
             assert add is None
             return self.product(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.packed:
-            return self._packed(x, add)
+            return self._sloped(self._packed(x, add))
+        if self.fused:
+            return self._fused(x, add)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         if add is not None:
             x = x.add_(add)
-        return activate(x, self.activation)
+        return self._sloped(activate(x, self.activation))
+
+    def _sloped(self, x: Tensor) -> Tensor:
+        return x if self.slope is None else F.prelu(x, self.slope)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolve on CUDA, without what follows."""
+        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+    def upsampled(self, x: Tensor, size: Sequence[int], add: Tensor | None = None) -> Tensor:
+        """With the fused kernels: activation(conv(x)) + `add`, to the nearest in `size`."""
+        from lemma_fast.kernels.bias_act import bias_act
+
+        x, (height, width) = self.convolve(x), size
+        rest = (self.bias, add, self.activation, self.slope, True)
+        if height % x.shape[2] or width % x.shape[3]:
+            # The nearest depend on how a quotient rounds.
+            return F.interpolate(bias_act(x, *rest), size=(height, width))
+        return bias_act(x, *rest, (height, width))
+
+    def _fused(self, x: Tensor, add: Tensor | None) -> Tensor:
+        from lemma_fast.kernels.bias_act import bias_act
+
+        if add is not None and self.cudnn:
+            # Not `cudnn_convolution_relu`, also where there is no sum: it hands cuDNN its result,
+            # not yet written, as a summand times zero, and what lies there may be NaN.
+            where = (self.stride, self.padding, [1, 1], 1)
+            return torch.cudnn_convolution_add_relu(x, self.weight, add, 1.0, self.bias, *where)
+        x = self.convolve(x)
+        if (self.bias, add, self.slope) == (None, None, None) and self.activation == "none":
+            return x
+        return bias_act(x, self.bias, add, self.activation, self.slope)
 
     def _packed(self, x: Tensor, add: Tensor | None) -> Tensor:
         relu = self.activation == "relu"
@@ -143,19 +191,23 @@ class Conv(nn.Module):
 
 def conv_norm(module: ConvNorm, plan: Plan) -> Conv:
     """A convolution of the network with its batch norm, its sum and its activation in one."""
+    return Conv(conv(module.conv, module.norm), plan, stride(module), module.activation)
+
+
+def stride(module: ConvNorm) -> tuple[int, int]:
+    """By height and by width."""
     height, width = module.conv.stride
-    affine = conv(module.conv, module.norm)
-    return Conv(affine, plan, (height, width), module.activation)
+    return height, width
 
 
 class Product(nn.Module):
     """`x W^T + b` on rows [..., C]; ReLU and a sum on request."""
 
-    def __init__(self, affine: Affine, plan: Plan, relu: bool = False) -> None:
+    def __init__(self, affine: Affine, plan: Plan, relu: bool = False, biased: bool = True) -> None:
         super().__init__()
         self.relu = relu
-        self.packed = plan.packed
-        self.bias = plan.keep(affine.bias)
+        self.packed, self.fused = plan.packed, plan.fused
+        self.bias = plan.keep(affine.bias) if biased else None
         self.weight = plan.keep(affine.weight)
         if plan.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
@@ -163,6 +215,10 @@ class Product(nn.Module):
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Multiply; `add`, of the result's shape, is added where there is no ReLU."""
         if not self.packed:
+            if self.fused and self.relu and self.bias is not None and x.numel():
+                rows = x.reshape(-1, x.shape[-1])
+                rows = torch._addmm_activation(self.bias, rows, self.weight.T)
+                return rows.view(*x.shape[:-1], -1)
             x = F.linear(x, self.weight, self.bias)
             x = x.relu_() if self.relu else x
             return x if add is None else x.add_(add)
@@ -177,7 +233,7 @@ class Heads(nn.Module):
 
     def __init__(self, layer: TransformerLayer, plan: Plan) -> None:
         super().__init__()
-        self.heads = layer.attention.heads
+        self.heads, self.fused = layer.attention.heads, plan.fused
         self.out = Product(linear(layer.attention.out_proj), plan)
         self.hidden = Product(linear(layer.linear1), plan, relu=True)
         self.back = Product(linear(layer.linear2), plan)
@@ -201,10 +257,23 @@ class Heads(nn.Module):
             attended = scores.softmax(dim=3) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = self.out(attended.transpose(1, 2).flatten(2), add=x)
-        x = F.layer_norm(x, *self.norms[0])
-        x = self.back(self.hidden(x), add=x)
-        return F.layer_norm(x, *self.norms[1])
+        return self.finish(x, attended.transpose(1, 2).flatten(2))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """From `x` and what its queries saw [N, L, C] to the layer's result [N, L, C].
+
+        With the fused kernels `x` may be [L, C], the same for all images.
+        """
+        x = self._normed(0, self.out, attended, x)
+        return self._normed(1, self.back, self.hidden(x), x)
+
+    def _normed(self, number: int, product: Product, rows: Tensor, x: Tensor) -> Tensor:
+        """A product of `rows` plus `x`, normed."""
+        if not self.fused:
+            return F.layer_norm(product(rows, add=x), *self.norms[number])
+        from lemma_fast.kernels.add_norm import add_norm
+
+        return add_norm(product(rows), x, *self.norms[number][1:])
 
 
 class SelfAttention(nn.Module):

@@ -23,10 +23,12 @@ class Parts:
 
     A part that the device has no memory for is halved, and so is the limit of later calls; results
     that are there stay. `relieve` is called before each new try. Raises torch.OutOfMemoryError
-    where one image is too many.
+    where one image is too many. Without a `limit` a batch stays whole.
     """
 
-    def __init__(self, run: Run, limit: int, relieve: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, run: Run, limit: int | None, relieve: Callable[[], None] = lambda: None
+    ) -> None:
         self.run, self.limit, self.relieve = run, limit, relieve
 
     def __call__(self, batch: Tensor) -> tuple[Tensor, ...]:
@@ -34,6 +36,8 @@ class Parts:
             # Only the shapes are wanted, and they come from one image.
             one = self(batch.new_zeros(1, *batch.shape[1:]))
             return tuple(result[:0] for result in one)
+        if self.limit is None:
+            return self.run(batch)
         waiting = self._split(batch, self.limit)[::-1]
         done: list[tuple[Tensor, ...]] = []
         while waiting:

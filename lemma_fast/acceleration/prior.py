@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.acceleration.folding import Affine, linear, resize_matrix, stack, wide
-from lemma_fast.acceleration.layers import Heads, Plan, Product, projections
+from lemma_fast.acceleration.layers import Conv, Heads, Plan, Product, projections
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model.layers import TransformerLayer
 from lemma_fast.model.prior import Language, PositionAttention, Prior, TextPrior
@@ -45,16 +45,59 @@ class FoldedPositionAttention(PositionAttention):
         self.down, self.up, self.plan = attention.down, attention.up, plan
         queries = F.linear(wide(attention.queries), *linear(attention.project))
         self.queries = plan.keep_exact(queries / queries.shape[1] ** 0.5)
+        if plan.fused:
+            from lemma_fast.kernels import position_attention
+
+            self.kernel = position_attention
+            if plan.dtype in position_attention.DTYPES:
+                self.halves = position_attention.split(self.queries, plan.dtype)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, C, h, w] to vectors [N, T, C] and `h_attn` [N, T, h, w]; scores are fp32."""
+        tokens = features.flatten(2).transpose(1, 2)
+        if self.plan.fused and self._fits(tokens):
+            top, keys = self._top(), self._below_top(features)
+            assert top.bias is not None
+            keys = top.convolve(keys).flatten(2).transpose(1, 2)
+            vectors, attention = self.kernel.position_attention(keys, top.bias, self.halves, tokens)
+            return vectors, attention.unflatten(2, features.shape[2:])
         exact = self.queries.dtype
         keys = self.keys(features).flatten(2).to(exact)
         with self.plan.exact():
             attention = (self.queries @ keys).softmax(dim=2)
-        tokens = features.flatten(2).transpose(1, 2)
         vectors = (attention @ tokens.to(exact)).to(tokens.dtype)
         return vectors, attention.unflatten(2, features.shape[2:])
+
+    def keys(self, features: Tensor) -> Tensor:
+        if not self.plan.fused:
+            return super().keys(features)
+        return self._top()(self._below_top(features))
+
+    def _fits(self, tokens: Tensor) -> bool:
+        """Whether the kernel takes the type and the sizes; PyTorch multiplies others."""
+        return (
+            tokens.dtype in self.kernel.DTYPES
+            and tokens.shape[1] <= self.kernel.MAX_POSITIONS
+            and len(self.queries) <= self.kernel.MAX_CHARACTERS
+        )
+
+    def _top(self) -> Conv:
+        top = self.up[-1]
+        assert isinstance(top, Conv)
+        return top
+
+    def _below_top(self, features: Tensor) -> Tensor:
+        """The U-Net's last convolution's input; sums and upsampling lie in the passes before."""
+        *downs, bottom = (part for part in self.down if isinstance(part, Conv))
+        levels = [features]
+        for down in downs:
+            levels.append(down(levels[-1]))
+        key = bottom.upsampled(levels[-1], levels[-1].shape[2:])
+        for up in list(self.up)[:-1]:
+            skip = levels.pop()
+            assert isinstance(up, Conv)
+            key = up.upsampled(key, levels[-1].shape[2:], skip)
+        return key
 
 
 class FoldedLanguage(nn.Module):
@@ -66,22 +109,51 @@ class FoldedLanguage(nn.Module):
         positions = wide(language.positions)
         both = stack([projections(layer, 1, 3) for layer in layers])
         # Memory is embedded probabilities plus positions, and only keys and values see it.
-        embed = wide(language.embed.weight)
+        embed = both.weight @ wide(language.embed.weight)
+        memory_positions = F.linear(positions, *both)
         bias = torch.zeros_like(both.bias)
-        self.memory = Product(Affine(both.weight @ embed, bias), plan)
-        self.memory_positions = plan.keep(F.linear(positions, *both))
+        self.fused = plan.fused and self._fits(language, layers[0].attention.heads)
+        if self.fused:
+            from lemma_fast.kernels import cloze_attention, read_characters
+
+            self.attention = cloze_attention.cloze_attention
+            # The rows that are read hold a character's place behind its probabilities.
+            embed = torch.cat([embed, memory_positions.T], dim=1)
+            columns = read_characters.columns_of(language.classifier.out_features, len(positions))
+            embed = F.pad(embed, (0, columns - embed.shape[1]))
+        self.memory = Product(Affine(embed, bias), plan, biased=not self.fused)
+        self.memory_positions = plan.keep(memory_positions)
         self.start = plan.keep(positions)
         self.start_query = plan.keep(F.linear(positions, *projections(layers[0], 0, 1)))
         self.queries = nn.ModuleList(Product(projections(m, 0, 1), plan) for m in layers[1:])
         self.layers = nn.ModuleList(Heads(layer, plan) for layer in layers)
+        self.heads = layers[0].attention.heads
         self.classifier = Product(linear(language.classifier), plan)
         place = torch.arange(len(positions), device=plan.device)
         self.place = place
         self.others = place[:, None] != place
 
+    @staticmethod
+    def _fits(language: Language, heads: int) -> bool:
+        """Whether the kernels take the sizes; PyTorch does others."""
+        from lemma_fast.kernels import cloze_attention, read_characters
+
+        T, C = language.positions.shape
+        columns = read_characters.columns_of(language.classifier.out_features, T)
+        return (
+            T <= cloze_attention.MAX_CHARACTERS
+            and C // heads <= cloze_attention.MAX_WIDTH
+            and columns <= read_characters.MAX_CLASSES
+        )
+
     def forward(self, probabilities: Tensor, lengths: Tensor) -> Tensor:
-        """Class probabilities [N, T, classes] and lengths [N] to `text_logits`."""
+        """Class probabilities [N, T, classes] and lengths [N] to `text_logits`.
+
+        With the fused kernels the probabilities come with places, as `read_characters` gives them.
+        """
         N = len(probabilities)
+        if self.fused:
+            return self._fused(probabilities, lengths)
         memory = self.memory(probabilities) + self.memory_positions
         parts = memory.chunk(2 * len(self.layers), dim=2)
         mask = (self.others & (self.place < lengths[:, None, None]))[:, None]
@@ -91,6 +163,17 @@ class FoldedLanguage(nn.Module):
             if number:
                 query = self.queries[number - 1](x)
             x = layer(x, query, parts[2 * number], parts[2 * number + 1], mask)
+        return self.classifier(x)
+
+    def _fused(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        parts = self.memory(rows).chunk(2 * len(self.layers), dim=2)
+        x, query = self.start, self.start_query.expand(len(rows), -1, -1)
+        for number, layer in enumerate(self.layers):
+            if number:
+                query = self.queries[number - 1](x)
+            assert isinstance(layer, Heads)
+            key, value = parts[2 * number : 2 * number + 2]
+            x = layer.finish(x, self.attention(query, key, value, lengths, self.heads))
         return self.classifier(x)
 
 
@@ -105,6 +188,23 @@ class FoldedPrior(TextPrior):
         self.mean = plan.keep_exact(prior.mean)
         self.inverse_std = plan.keep_exact(1 / wide(prior.std))
         self.enlarge = make_resize(prior.config, plan) if resizes else nn.Identity()
+        language = prior.get_submodule("language")
+        assert isinstance(language, FoldedLanguage)
+        self.fused = language.fused
+        if self.fused:
+            from lemma_fast.kernels import read_characters
+
+            self.kernel = read_characters
+
+    def forward(self, image: Tensor) -> tuple[Prior, Tensor]:
+        if not self.fused:
+            return super().forward(image)
+        shortest = self.config.min_length
+        logits, h_attn = self.vision(self.prepare(image))
+        lengths, rows, img_logits = self.kernel.read_characters(logits, shortest)
+        text_logits = self.language(rows, lengths)
+        lengths = self.kernel.valid_lengths(text_logits, shortest)
+        return Prior(self.resize(h_attn), img_logits, text_logits, lengths), h_attn
 
     def prepare(self, image: Tensor) -> Tensor:
         size = (2 * self.config.height, 2 * self.config.width)

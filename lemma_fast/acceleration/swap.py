@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lemma_fast.acceleration.blocks import CompiledAdaFM, FoldedAdaFM, FoldedBiGRU, FoldedUpsampler
-from lemma_fast.acceleration.folding import conv, linear
+from lemma_fast.acceleration.blocks import FoldedBiGRU, FoldedUpsampler, FusedBlock, fusion
+from lemma_fast.acceleration.folding import Affine, conv, linear
 from lemma_fast.acceleration.guidance import ExactGuidance, FoldedGuidance
-from lemma_fast.acceleration.layers import Conv, Plan, Product, SelfAttention, conv_norm
+from lemma_fast.acceleration.layers import Conv, Plan, Product, SelfAttention, conv_norm, stride
 from lemma_fast.acceleration.prior import (
     ExactPrior,
     FoldedLanguage,
@@ -26,7 +25,13 @@ from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.blocks import AdaFM, BiGRU, RecurrentBlock, Upsampler
 from lemma_fast.model.layers import ConvNorm, TransformerLayer
-from lemma_fast.model.prior import Language, PositionAttention, TextPrior, Vision
+from lemma_fast.model.prior import (
+    Language,
+    PositionAttention,
+    ResidualBlock,
+    TextPrior,
+    Vision,
+)
 
 
 class Enter(nn.Module):
@@ -37,18 +42,7 @@ class Enter(nn.Module):
         self.dtype = dtype
 
     def forward(self, lr: Tensor) -> Tensor:
-        return lr.to(self.dtype).contiguous(memory_format=torch.channels_last)
-
-
-class Slope(nn.Module):
-    """PReLU with its slope in the network's precision."""
-
-    def __init__(self, act: nn.PReLU, plan: Plan) -> None:
-        super().__init__()
-        self.slope = plan.keep(act.weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.prelu(x, self.slope)
+        return lr.to(self.dtype, memory_format=torch.channels_last)
 
 
 def folded(model: LEMMA, plan: Plan, with_attention: bool = True) -> LEMMA:
@@ -63,7 +57,10 @@ def folded(model: LEMMA, plan: Plan, with_attention: bool = True) -> LEMMA:
     # These two have forms of their own.
     put(network, "prior", nn.Identity())
     put(network, "guidance", nn.Identity())
-    put(network, "stem", nn.Sequential(Enter(plan.dtype), swap(network.stem, plan)))
+    slope = network.stem_act.weight
+    stem = Conv(conv(network.stem), plan, slope=slope)
+    put(network, "stem", nn.Sequential(Enter(plan.dtype), stem))
+    put(network, "stem_act", nn.Identity())
     swap(network, plan)
     if isinstance(prior, TextPrior):
         swap(prior, plan)
@@ -73,6 +70,15 @@ def folded(model: LEMMA, plan: Plan, with_attention: bool = True) -> LEMMA:
     kind = FoldedGuidance if is_whole(model.config) else ExactGuidance
     put(network, "guidance", kind(guidance, plan))
     return network
+
+
+def residual_block(block: ResidualBlock, shortcut: ConvNorm, plan: Plan) -> None:
+    """Fold a block whose shortcut is a convolution: the sum's bias stands for both."""
+    first, second = (conv(module.conv, module.norm) for module in (shortcut, block.expand))
+    both = Affine(second.weight, second.bias + first.bias)
+    put(block, "reduce", conv_norm(block.reduce, plan))
+    put(block, "expand", Conv(both, plan, stride(block.expand), block.expand.activation))
+    put(block, "shortcut", Conv(first, plan, stride(shortcut), biased=False))
 
 
 def put(module: nn.Module, name: str, part: nn.Module) -> None:
@@ -89,8 +95,6 @@ def swap(module: nn.Module, plan: Plan) -> nn.Module:
             return Conv(conv(module), plan, (module.stride[0], module.stride[1]))
         case nn.Linear():
             return Product(linear(module), plan)
-        case nn.PReLU():
-            return Slope(module, plan)
         case TransformerLayer():
             return SelfAttention(module, plan)
         case Language():
@@ -98,9 +102,14 @@ def swap(module: nn.Module, plan: Plan) -> nn.Module:
         case BiGRU():
             return FoldedBiGRU(module, plan)
         case AdaFM():
-            return CompiledAdaFM(module, plan) if plan.compiled else FoldedAdaFM(module, plan)
+            return fusion(module, plan)
         case Upsampler():
             return FoldedUpsampler(module, plan)
+        case ResidualBlock() if plan.fused and module.shortcut is not None:
+            residual_block(module, module.shortcut, plan)
+            return module
+        case RecurrentBlock() if plan.fused and isinstance(module.fusion, AdaFM):
+            return FusedBlock(module, plan)
         case RecurrentBlock():
             # The norm lies before the GRU's input products.
             put(module, "horizontal", FoldedBiGRU(module.horizontal, plan, module.norm))

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from lemma_fast.atomic import replacing
+from lemma_fast.bench.environment import environment
+from lemma_fast.bench.inference import time_model
+from lemma_fast.bench.plan import PRECISIONS, Plan, Row
 from lemma_fast.bench.stages import stage_rows
-from lemma_fast.bench.timing import bytes_per_second, environment, flops_per_second
+from lemma_fast.bench.timing import bytes_per_second, flops_per_second
 from lemma_fast.bench.training import time_training
-from lemma_fast.bench.variants import PRECISIONS, Plan, Row, time_model
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lemma_fast.acceleration import accelerate
+from lemma_fast.bench.plan import Plan, Row, crops
 from lemma_fast.bench.timing import Clock, Timed, spread
-from lemma_fast.bench.variants import (
-    Plan,
-    Row,
-    crops,
-)
 from lemma_fast.model import LEMMA
 
 #: Stages by the names of their modules, the same in the reference and the accelerated network.

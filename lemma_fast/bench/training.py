@@ -13,18 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.acceleration import accelerate
+from lemma_fast.bench.inference import TOLERANCE, failed, time_rows
+from lemma_fast.bench.plan import PRECISIONS, Plan, Row, crops, precision
 from lemma_fast.bench.timing import Clock, Timed, ratios
-from lemma_fast.bench.variants import (
-    PRECISIONS,
-    TOLERANCE,
-    Plan,
-    Row,
-    Unavailable,
-    crops,
-    failed,
-    precision,
-    time_rows,
-)
+from lemma_fast.bench.variants import Unavailable
 from lemma_fast.checkpoint import load
 from lemma_fast.model import LEMMA
 

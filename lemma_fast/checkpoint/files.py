@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lemma_fast.atomic import replacing
-from lemma_fast.outputs import reason
+from lemma_fast.errors import reason
 
 Config = TypeVar("Config")
 Value = TypeVar("Value")
@@ -219,6 +219,22 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     model.load_state_dict(dict(state))
 
 
+@contextmanager
+def config_of(path: str | Path) -> Iterator[None]:
+    """Turn what a damaged config makes of a network, inside the block, into CheckpointError.
+
+    It may be no JSON, know other entries, or ask for sizes that cannot be or that no memory holds.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+            RuntimeError, MemoryError) as error:  # fmt: skip
+        said = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
+        raise CheckpointError(f"{path}: its config cannot be used: {said}") from error
+
+
 def config_from_json(kind: type[Config], text: str) -> Config:
     """Rebuild a configuration dataclass that was stored as JSON."""
     fields: dict[str, Any] = {
@@ -226,6 +242,13 @@ def config_from_json(kind: type[Config], text: str) -> Config:
         for name, value in json.loads(text).items()
     }
     return kind(**fields)
+
+
+def carried_config(kind: type[Config], recognizer: str, metadata: Mapping[str, str]) -> Config:
+    """The configuration that the file of a recogniser carries; the default for a published one."""
+    if metadata.get("recognizer") == recognizer:
+        return config_from_json(kind, metadata["config"])
+    return kind()
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:

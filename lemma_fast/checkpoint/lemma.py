@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lemma_fast.atomic import replacing
 from lemma_fast.checkpoint.files import (
     CheckpointError,
     check_fit,
     config_from_json,
+    config_of,
     is_safetensors,
     listed,
     load_strictly,
@@ -39,9 +40,9 @@ from lemma_fast.checkpoint.files import (
 from lemma_fast.checkpoint.locate import locate
 from lemma_fast.checkpoint.published import extra_tables, infer_config, name_map, published_name
 from lemma_fast.config import CRNNConfig, LemmaConfig
+from lemma_fast.errors import reason
 from lemma_fast.model import LEMMA
 from lemma_fast.model.prior import TextPrior
-from lemma_fast.outputs import reason
 from lemma_fast.recognizers.crnn import CRNN
 
 if TYPE_CHECKING:
@@ -67,19 +68,27 @@ CONFIG_KEY = "lemma_fast_config"
 def load(source: str | Path, device: str | torch.device = "cpu") -> LEMMA:
     """Load a network in evaluation mode.
 
-    `source` is a packaged name ("small"), a `.safetensors` of ours, a published `.pth`, a folder
-    written by `save_pretrained`, or a Hugging Face Hub id ("owner/name"). Raises CheckpointError.
+    `source` is a packaged name ("small"), a `.safetensors` that `save` wrote, a published `.pth`, a
+    folder that `save_pretrained` wrote, or a Hugging Face Hub id ("owner/name"). Raises
+    CheckpointError.
     """
     path = locate(source)
     if is_safetensors(path):
         model = _load_ours(path)
     else:
-        try:
-            content = unpickled(path)
-            model = from_published(named_tensors(path, content), _carried_config(content))
-        except (ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
-            raise CheckpointError(_prefixed(path, error)) from error
+        model = open_published(path, unpickled(path))
     return model.to(device).eval()
+
+
+def open_published(path: Path, content: object) -> LEMMA:
+    """The network of a published checkpoint, of which `content` is unpickled.
+
+    Raises CheckpointError that begins with `path`.
+    """
+    try:
+        return from_published(named_tensors(path, content), _carried_config(content))
+    except (ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(_prefixed(path, error)) from error
 
 
 def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:
@@ -102,7 +111,7 @@ def save(model: LEMMA, path: str | Path, provenance: Mapping[str, str] | None = 
 
 
 def verify(path: str | Path) -> str:
-    """Check a safetensors file of ours against the digest it carries; returns the digest."""
+    """Check a file that `save` wrote against the digest it carries; returns the digest."""
     path = Path(path)
     state, metadata = read_safetensors(path)
     return _check_digest(path, state, metadata)
@@ -134,7 +143,7 @@ def convert(source: str | Path, target: str | Path) -> LEMMA:
     return model
 
 
-def not_finite(model: LEMMA) -> list[str]:
+def not_finite(model: nn.Module) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
@@ -192,8 +201,8 @@ def _from_published_names(
 def load_prior(model: LEMMA, *paths: str | Path) -> None:
     """Load published ABINet checkpoints (vision, language, or both in one file) into the prior.
 
-    Where that is a CRNN, load one CRNN checkpoint, published or of ours. Nothing is copied unless
-    every file fits. Raises CheckpointError.
+    Where that is a CRNN, load one CRNN checkpoint, published or saved here. Nothing is copied
+    unless every file fits. Raises CheckpointError.
     """
     if not isinstance(model.prior, TextPrior):
         _load_crnn(model.prior, *paths)
@@ -218,7 +227,8 @@ def _load_crnn(prior: CRNNPrior, *paths: str | Path) -> None:
         raise CheckpointError(f"a CRNN is one file, not {len(paths)}")
     state, metadata = read_weights(paths[0])
     if metadata.get("recognizer") == CRNN.name:
-        theirs = config_from_json(CRNNConfig, metadata["config"])
+        with config_of(paths[0]):
+            theirs = config_from_json(CRNNConfig, metadata["config"])
         if theirs != prior.config.crnn:
             raise CheckpointError(
                 f"{paths[0]}: a CRNN of other sizes: {theirs}; model.crnn is {prior.config.crnn}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lemma_fast.checkpoint.files import CheckpointError, CheckpointMissing
-from lemma_fast.outputs import reason
+from lemma_fast.errors import reason
 
 HUB_FILE = "model.safetensors"
 

@@ -1,7 +1,8 @@
 """The published checkpoints' names: one declarative map, read in both directions.
 
 `MODULES` pairs our module paths with the published ones; leaf names (`weight`, ...) are the same on
-both sides unless a line spells a leaf out. `<b>` counts, `<2*b+1>` counts otherwise.
+both sides unless a line spells a leaf out. `<b>` counts, `<2*b+1>` counts otherwise, and what
+follows an `@` names the parts of a module, which `PARTS` lists.
 """
 
 from __future__ import annotations
@@ -19,14 +20,30 @@ _RESNET = "position_prior.vision.backbone.resnet"
 _VISION = "position_prior.vision"
 _LANGUAGE = "position_prior.language"
 
-MODULES = f"""
+# What LEMMA shares with TSRN and its other successors.
+FRAME = """
 stem                                            block1.0
 stem_act                                        block1.1
+tail.conv                                       block<tail+2>.0
+tail.norm                                       block<tail+2>.1
+upsampler.expand                                block<tail+3>.0.conv
+upsampler.project                               block<tail+3>.1
+rectifier.localization.convs.<conv>.conv        stn_head.stn_convnet.<2*conv>.0
+rectifier.localization.convs.<conv>.norm        stn_head.stn_convnet.<2*conv>.1
+rectifier.localization.hidden                   stn_head.stn_fc1.0
+rectifier.localization.norm                     stn_head.stn_fc1.1
+rectifier.localization.points                   stn_head.stn_fc2
+rectifier.spline                                tps
+"""
+
+MODULES = f"""
 blocks.<b>.conv1.conv                           block<b+2>.conv1
 blocks.<b>.conv1.norm                           block<b+2>.bn1
 blocks.<b>.conv2.conv                           block<b+2>.conv2
 blocks.<b>.conv2.norm                           block<b+2>.bn2
 blocks.<b>.norm                                 block<b+2>.BN
+blocks.<b>.vertical                             block<b+2>.gru1.gru@gru
+blocks.<b>.horizontal                           block<b+2>.gru2.gru@gru
 blocks.<b>.fusion.guidance_norm                 block<b+2>.affine.BN
 blocks.<b>.fusion.branch<branch+1>.reduce      block<b+2>.affine.conv1x1_<branch+1>.0
 blocks.<b>.fusion.branch<branch+1>.norm        block<b+2>.affine.conv1x1_<branch+1>.1
@@ -39,16 +56,6 @@ blocks.<b>.fusion.aggregate.norm                block<b+2>.affine.aggregation.1
 blocks.<b>.fusion.aggregate.act                 block<b+2>.affine.aggregation.2
 blocks.<b>.fusion.aggregate.project             block<b+2>.affine.aggregation.3
 blocks.<b>.fusion.out_norm                      block<b+2>.affine.BN2
-tail.conv                                       block<tail+2>.0
-tail.norm                                       block<tail+2>.1
-upsampler.expand                                block<tail+3>.0.conv
-upsampler.project                               block<tail+3>.1
-rectifier.localization.convs.<conv>.conv        stn_head.stn_convnet.<2*conv>.0
-rectifier.localization.convs.<conv>.norm        stn_head.stn_convnet.<2*conv>.1
-rectifier.localization.hidden                   stn_head.stn_fc1.0
-rectifier.localization.norm                     stn_head.stn_fc1.1
-rectifier.localization.points                   stn_head.stn_fc2
-rectifier.spline                                tps
 prior.vision.resnet.stem.conv                   {_RESNET}.conv1
 prior.vision.resnet.stem.norm                   {_RESNET}.bn1
 prior.vision.resnet.stages.<s>.<d>.reduce.conv  {_RESNET}.layer<s+1>.<d>.conv1
@@ -85,8 +92,9 @@ guidance.image_to_text.<layer>                  guidanceGen.text_decoder.layers.
 guidance.text_to_image.<layer>                  guidanceGen.sematic_decoder.layers.<layer>@cross
 """
 
-# What a line's @self or @cross stands for: the parts of one of our Transformer layers.
-LAYER_PARTS = {
+# What a line's @self, @cross or @gru stands for: the parts of one of our Transformer layers, the
+# parameters of a GRU.
+PARTS = {
     "self": {
         "attention": "self_attn",
         "attention.out_proj": "self_attn.out_proj",
@@ -103,12 +111,11 @@ LAYER_PARTS = {
         "norm1": "norm2",
         "norm2": "norm3",
     },
-}
-
-GRU_LEAVES = {
-    f"{ours}{suffix}": f"gru.{ours}_l0{suffix}"
-    for suffix in ("", "_reverse")
-    for ours in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    "gru": {
+        f"{leaf}{suffix}": f"{leaf}_l0{suffix}"
+        for suffix in ("", "_reverse")
+        for leaf in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    },
 }
 
 _COUNTER = re.compile(r"<(?:(\d+)\*)?(\w+)(?:\+(\d+))?>")
@@ -130,23 +137,29 @@ def name_map(config: LemmaConfig) -> dict[str, str]:
             2 * config.alignment_layers,
         ),
     }
+    return expanded(FRAME + MODULES, counters, tail=config.num_blocks)
+
+
+def expanded(modules: str, counters: Mapping[str, int], **constants: int) -> dict[str, str]:
+    """The pairs of names that the lines of `modules` stand for, ours to theirs.
+
+    `counters` says how far the names in angle brackets count, `constants` what others are.
+    """
     names: dict[str, str] = {}
-    for line in MODULES.strip().splitlines():
+    for line in modules.strip().splitlines():
+        if not line:
+            continue
         ours, theirs = line.split()
         theirs, _, kind = theirs.partition("@")
         used = [name for name in counters if re.search(rf"<{name}[+>]", ours)]
         for values in itertools.product(*(range(counters[name]) for name in used)):
-            point = dict(zip(used, values, strict=True), tail=config.num_blocks)
+            point = {**dict(zip(used, values, strict=True)), **constants}
             pair = _fill(ours, point), _fill(theirs, point)
             if not kind:
                 names[pair[0]] = pair[1]
                 continue
-            for part, published in LAYER_PARTS[kind].items():
+            for part, published in PARTS[kind].items():
                 names[f"{pair[0]}.{part}"] = f"{pair[1]}.{published}"
-    for block in range(config.num_blocks):
-        for ours, theirs in (("vertical", "gru1"), ("horizontal", "gru2")):
-            for leaf, published in GRU_LEAVES.items():
-                names[f"blocks.{block}.{ours}.{leaf}"] = f"block{block + 2}.{theirs}.{published}"
     return names
 
 
@@ -170,23 +183,37 @@ def extra_tables(state: Mapping[str, Tensor], config: LemmaConfig) -> dict[str, 
     }
 
 
+class Shapes:
+    """Shapes of a state dict's tensors; raises ValueError, which names the tensor, where one lacks.
+
+    What reads a network's sizes off a published checkpoint.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+
+    def of(self, name: str, dims: int = 1) -> tuple[int, ...]:
+        """The shape of a tensor that has at least `dims` dimensions."""
+        if name not in self.state:
+            raise ValueError(f"it has no tensor {name}")
+        if self.state[name].dim() < dims:
+            raise ValueError(f"its tensor {name} has the shape {[*self.state[name].shape]}")
+        return tuple(self.state[name].shape)
+
+    def count(self, template: str, start: int = 0) -> int:
+        """How many tensors of numbered names there are from `start` on, without a gap."""
+        numbers = itertools.count()
+        return next(i for i in numbers if template.format(i + start) not in self.state)
+
+
 def infer_config(state: Mapping[str, Tensor]) -> LemmaConfig:
     """Read a network's sizes off a published state dict; what shapes do not tell keeps its default.
 
     Raises ValueError where a needed tensor is missing or the alphabet's size is not the published
     one, since its characters cannot be known then.
     """
-
-    def shape(name: str, dims: int = 1) -> tuple[int, ...]:
-        if name not in state:
-            raise ValueError(f"it has no tensor {name}")
-        if state[name].dim() < dims:
-            raise ValueError(f"its tensor {name} has the shape {[*state[name].shape]}")
-        return tuple(state[name].shape)
-
-    def count(template: str, start: int = 0) -> int:
-        return next(i for i in itertools.count() if template.format(i + start) not in state)
-
+    shapes = Shapes(state)
+    shape, count = shapes.of, shapes.count
     defaults = LemmaConfig()
     classes = shape("position_prior.language.cls.weight")[0]
     if classes != defaults.num_classes:

@@ -14,6 +14,10 @@ from lemma_fast.cli.convert import convert
 from lemma_fast.cli.doctor import doctor
 from lemma_fast.cli.exits import fail
 from lemma_fast.cli.export import export
+from lemma_fast.cli.photo import EXAMPLES as EXAMPLES_OF_PHOTO
+from lemma_fast.cli.photo import photo
+from lemma_fast.cli.read import EXAMPLES as EXAMPLES_OF_READ
+from lemma_fast.cli.read import read
 from lemma_fast.cli.upscale import EXAMPLES, upscale
 
 app = typer.Typer(
@@ -44,6 +48,8 @@ def _root(
 
 
 app.command(epilog=EXAMPLES)(upscale)
+app.command(epilog=EXAMPLES_OF_READ)(read)
+app.command(epilog=EXAMPLES_OF_PHOTO)(photo)
 app.command()(convert)
 app.command()(export)
 app.command()(bench)

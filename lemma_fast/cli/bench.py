@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from lemma_fast.cli.exits import fail, interruptible, misused, say
-from lemma_fast.outputs import OutputError, check_output, reason
+from lemma_fast.errors import reason
+from lemma_fast.outputs import OutputError, check_output
 
 if TYPE_CHECKING:
     from lemma_fast.model import LEMMA
@@ -108,8 +109,8 @@ def bench(
             )
         except OutputError as error:
             misused(error)
+    from lemma_fast.bench.plan import PRECISIONS, VARIANTS, default_plan
     from lemma_fast.bench.run import run
-    from lemma_fast.bench.variants import PRECISIONS, VARIANTS, default_plan
     from lemma_fast.devices import choose_device
 
     try:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import typer
 
 from lemma_fast.cli.exits import say
-from lemma_fast.outputs import reason
+from lemma_fast.errors import reason
 
-PACKAGES = ("lemma-fast", "torch", "numpy", "pillow", "safetensors", "huggingface_hub", "triton")
+PACKAGES = ("numpy", "pillow", "safetensors", "huggingface_hub")
 
 
 def doctor() -> None:
@@ -31,10 +31,13 @@ def lines() -> Iterator[tuple[str, str, bool]]:
     import torch
 
     yield "python", f"{platform.python_version()} on {platform.platform()}", True
+    yield "lemma-fast", _version("lemma-fast") or "not installed", True
+    # The package's version may not tell its build, such as +cu130.
+    yield "torch", str(torch.__version__), True
     for package in PACKAGES:
-        if package != "triton":
-            yield package, _version(package) or "not installed", True
+        yield package, _version(package) or "not installed", True
     yield "triton", *_triton()
+    yield "rapidocr", *_rapidocr()
     yield "extension", *_extension()
     yield "CPU", f"{torch.get_num_threads()} threads", True
     yield from _devices()
@@ -55,6 +58,23 @@ def _triton() -> tuple[str, bool]:
     except ImportError:
         return "not installed (pip install 'lemma-fast[triton]'); the reference needs none", True
     return str(triton.__version__), True
+
+
+def _rapidocr() -> tuple[str, bool]:
+    """To have none is in order; one that is there and does not load is not."""
+    import torch
+
+    from lemma_fast.recognizers import RapidOCR
+
+    version = _version("rapidocr")
+    if version is None:
+        return "not installed (pip install 'lemma-fast[ocr]'); upscale needs none", True
+    try:
+        reader = RapidOCR()
+        reader.read(torch.ones(1, 3, 32, 128))
+    except (OSError, RuntimeError) as error:
+        return f"{version}: {reason(error)}", False
+    return f"{version}, {reader!r}", True
 
 
 def _extension() -> tuple[str, bool]:

@@ -1,4 +1,4 @@
-"""How a command speaks and ends: one sentence, and an exit code.
+"""What a command says when it ends: one sentence, and an exit code.
 
 0 all is well, 1 some inputs failed, 2 bad usage, 130 Ctrl-C, 143 a plain kill.
 """

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, get_args
 
-from lemma_fast.atomic import make_folder, replacing
+from lemma_fast.atomic import replacing
 from lemma_fast.cli.exits import misused
-from lemma_fast.cli.inputs import STDIN, Inputs, Outcome, Status
+from lemma_fast.cli.inputs import STDIN, Inputs
+from lemma_fast.cli.results import Outcome, Photographed, Status
+from lemma_fast.errors import reason
 from lemma_fast.images import image_suffixes
-from lemma_fast.outputs import check_output, is_stream, reason
+from lemma_fast.outputs import check_output, is_stream, make_folder
 
 if TYPE_CHECKING:
     from lemma_fast.recognizers import Reading
@@ -168,7 +170,6 @@ def read_back(path: Path) -> tuple[dict[str, str], int]:
 
 def as_json(outcome: Outcome) -> dict[str, object]:
     """Build the JSON line of one input."""
-    found = outcome.found
     unread = [] if outcome.unread is None else [f"not read: {outcome.unread}"]
     return {
         "input": str(outcome.source.path),
@@ -180,12 +181,26 @@ def as_json(outcome: Outcome) -> dict[str, object]:
         "input_size": outcome.input_size,
         "output_size": outcome.output_size,
         "ms": round(outcome.milliseconds, 2),
-        "text": None if found is None else found.text,
-        "length": None if found is None else found.length,
-        "before": _reading(outcome.before),
-        "after": _reading(outcome.after),
+        **(_of_page(outcome) if isinstance(outcome, Photographed) else _of_crop(outcome)),
         "notes": [*outcome.notes, *unread],
     }
+
+
+def _of_crop(outcome: Outcome) -> dict[str, object]:
+    found = outcome.found
+    return {
+        "text": None if found is None else found.text,
+        "length": None if found is None else found.length,
+        "sharpness": None if found is None else round(found.sharpness, 3),
+        "share": None if found is None else round(found.share, 3),
+        "before": _reading(outcome.before),
+        "after": _reading(outcome.after),
+    }
+
+
+def _of_page(outcome: Photographed) -> dict[str, object]:
+    page = {} if outcome.page is None else outcome.page.to_dict()
+    return {"text": page.get("text"), "lines": page.get("lines")}
 
 
 def _made_here(path: Path) -> bool:

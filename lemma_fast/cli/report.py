@@ -1,4 +1,4 @@
-"""What `lemma-fast upscale` tells a person, on standard error."""
+"""What the commands over pictures tell a person, on standard error."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from lemma_fast.cli.exits import printable
-from lemma_fast.cli.inputs import STDIN, Inputs, Outcome
+from lemma_fast.cli.inputs import STDIN, Inputs
 from lemma_fast.cli.jsonl import Lines
+from lemma_fast.cli.results import Outcome, Photographed
 
 # Of a whole folder that is skipped or kept, so many names are enough; the rest is counted.
 _NAMES_SHOWN = 10
@@ -21,7 +22,10 @@ _NAMES_SHOWN = 10
 
 @dataclass
 class Report:
-    """Tells a person on standard error; hands each outcome to the lines of --jsonl."""
+    """Tells a person on standard error; hands each outcome to the lines of --jsonl.
+
+    `done` names what is done with a picture; `remarks` are said at the end, before the summary.
+    """
 
     quiet: bool
     verbose: bool
@@ -29,6 +33,9 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     console: Console = field(default_factory=lambda: Console(stderr=True))
     began: float = field(default_factory=time.perf_counter)
+    remarks: list[str] = field(default_factory=list)
+    done: str = "upscaled"
+    writes: bool = True
 
     def say(self, text: str) -> None:
         """Print a line as it is, also beside a progress bar."""
@@ -57,6 +64,7 @@ class Report:
         name = "standard input" if outcome.source.data is not None else str(outcome.source.path)
         self.counts[outcome.status] += 1
         self.counts["unread"] += outcome.unread is not None
+        self.counts["sharp"] += outcome.found is not None and outcome.found.share < 1
         if self.jsonl is not None:
             self.jsonl.add(outcome)
         if outcome.status == "error":
@@ -70,6 +78,12 @@ class Report:
     def _describe(self, name: str, outcome: Outcome) -> None:
         for note in outcome.notes:
             self.say(f"note: {name}: {note}")
+        if outcome.status == "ok" and isinstance(outcome, Photographed):
+            words = () if outcome.page is None else outcome.page.words
+            changed = sum(word.chosen == "after" for word in words)
+            said = f"{_number(len(words), 'word')}, {changed} as read in the network's result"
+            self.detail(f"{name}{f' -> {outcome.output}' if outcome.output else ''} ({said})")
+            return
         if outcome.status == "ok":
             text = "" if outcome.found is None else outcome.found.text
             said = f'"{text}"' if text else "no text"
@@ -95,12 +109,19 @@ class Report:
                     f"Kept crops are taller than {keep_above} pixels; "
                     "--keep-above 0 upscales them too."
                 )
+            if self.counts["sharp"]:
+                self.say(
+                    f"{_number(self.counts['sharp'], 'crop')} sharp already: changed less than "
+                    "others; --always turns that off."
+                )
+            for remark in self.remarks:
+                self.say(f"note: {remark}")
             self.say(self._summary(inputs, output))
         return int(self.counts["error"] + self.counts["unread"] > 0)
 
     def _summary(self, inputs: Inputs, output: str | None) -> str:
         counts = self.counts
-        parts = [f"{counts['ok']} upscaled"]
+        parts = [f"{counts['ok']} {self.done}"]
         parts += [f"{counts[status]} {status}" for status in ("kept", "skipped") if counts[status]]
         if counts["error"]:
             parts.append(f"{counts['error']} failed")
@@ -111,7 +132,7 @@ class Report:
         if inputs.not_images:
             parts.append(f"{_number(len(inputs.not_images), 'other file')} left out")
         text = f"{', '.join(parts)}, in {time.perf_counter() - self.began:.1f} s"
-        if counts["ok"] + counts["kept"]:
+        if self.writes and counts["ok"] + counts["kept"]:
             where = {None: "beside the inputs", STDIN: "to standard output"}
             text += f"; written {where.get(output, f'to {output}')}"
         return text + "."

@@ -26,10 +26,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lemma_fast import compare, images
-from lemma_fast.atomic import make_folder, replace_file, replacing
-from lemma_fast.cli.inputs import Inputs, Naming, Outcome, Source, real
+from lemma_fast.atomic import replace_file, replacing
+from lemma_fast.cli.inputs import Inputs, Source
+from lemma_fast.cli.results import Naming, Outcome
+from lemma_fast.cli.targets import Targets
+from lemma_fast.errors import reason
 from lemma_fast.images import Frame, ImageError, Size
-from lemma_fast.outputs import OutputError, check_folder, reason
+from lemma_fast.outputs import make_folder
 from lemma_fast.recognizers import Recognizer
 from lemma_fast.upscale import Upscaled, Upscaler
 
@@ -77,8 +80,7 @@ class Stream:
     def __post_init__(self) -> None:
         self._queue: deque[_Item] = deque()
         self._batch: list[_Item] = []
-        self._claims: dict[str, Source] = {}
-        self._tried: tuple[Path, str | None] | None = None
+        self._targets = Targets(self.inputs, self.naming, self.overwrite)
         self._writers: ThreadPoolExecutor
 
     def __iter__(self) -> Iterator[Outcome]:
@@ -136,7 +138,7 @@ class Stream:
                     item.plain.putalpha(crop.alpha)
         else:
             item.planes = self.upscaler.prepare(crop)
-            item.frame = crop.frame(self.size, self.upscaler.native)
+            item.frame = self.upscaler.frame(crop, item.planes, self.size)
             if self.compare:
                 item.preview = crop.opaque
                 item.preview.thumbnail(compare.panel_size(item.frame.size))
@@ -153,7 +155,7 @@ class Stream:
             yield f"much wider than a word, and seen at {columns}x{rows}: cut a line into its words"
 
     def _same_format(self, found: str | None) -> bool:
-        """Whether a kept file's bytes suit the name they get: always, but for a name given."""
+        """Whether a kept file's bytes suit its name: always, unless the user gave the name."""
         wanted = {"jpg": ("JPEG", "MPO"), "png": ("PNG",), "webp": ("WEBP",)}[self.naming.form]
         return self.naming.file is None or found in wanted
 
@@ -163,10 +165,10 @@ class Stream:
         outcome = item.outcome
         if outcome.status == "error":
             return
-        if item.target is not None and self._refused(item, item.target):
+        if item.target is not None and self._targets.refused(outcome, item.target, item.exists):
             return
         if self.compare and not item.kept:
-            self._plan_comparison(item)
+            self._targets.plan_comparison(outcome)
         if item.kept:
             outcome.status = "kept"
             item.future = self._writers.submit(self._keep, item)
@@ -175,53 +177,6 @@ class Stream:
         self._batch.append(item)
         if len(self._batch) == self.upscaler.batch_size:
             self._infer_batch()
-
-    def _refused(self, item: _Item, target: Path) -> bool:
-        outcome, source = item.outcome, item.outcome.source
-        first = self._claims.setdefault(real(target), source)
-        if first is not source:
-            if source.data is None and real(first.path) == real(source.path):
-                outcome.skip("given twice")
-            else:
-                outcome.fail(
-                    f"its result would be {target}, as that of {first.path}: "
-                    "run it on its own with another --suffix"
-                )
-        elif item.exists and self._is_input(source, target):
-            outcome.fail(
-                f"its result {target} would replace an input; choose another --suffix or -o"
-            )
-        elif item.exists and not self.overwrite:
-            outcome.skip(f"{target} exists; --overwrite replaces it")
-        elif why := self._why_not_to(target.parent):
-            outcome.fail(why)
-        return outcome.status != "ok"
-
-    def _why_not_to(self, folder: Path) -> str | None:
-        """Say why no file can be written to a folder; results of one folder come in a row."""
-        if self._tried is None or self._tried[0] != folder:
-            try:
-                check_folder(folder)
-                self._tried = folder, None
-            except OutputError as error:
-                self._tried = folder, str(error)
-        return self._tried[1]
-
-    def _is_input(self, source: Source, path: Path) -> bool:
-        given = source.data is None and os.path.exists(path) and os.path.exists(source.path)
-        return (given and os.path.samefile(source.path, path)) or self.inputs.holds(path)
-
-    def _plan_comparison(self, item: _Item) -> None:
-        outcome = item.outcome
-        path = self.naming.compare(outcome.source)
-        if not os.path.lexists(path):
-            outcome.compare = path
-        elif self._is_input(outcome.source, path):
-            outcome.notes.append(f"no comparison: {path} is an input")
-        elif self.overwrite:
-            outcome.compare = path
-        else:
-            outcome.notes.append(f"no new comparison: {path} exists; --overwrite replaces it")
 
     def _infer_batch(self) -> None:
         batch, self._batch = self._batch, []
@@ -236,7 +191,8 @@ class Stream:
             if isinstance(said, str):
                 item.outcome.fail(said)
             else:
-                item.outcome.found = said
+                assert item.frame is not None
+                item.outcome.found = said.judged(item.frame)
                 item.future = self._writers.submit(self._write, item, said)
 
     def _infer(self, batch: list[_Item]) -> list[Upscaled | str]:
@@ -267,7 +223,12 @@ class Stream:
         width, height = self.upscaler.native
         small = torch.from_numpy(planes[:, :3]).to(self.upscaler.device)
         before = F.interpolate(small, (height, width), mode="bicubic").clamp(0, 1)
-        pixels = torch.from_numpy(np.stack([np.asarray(said.image) for said in results]))
+        seen = [
+            np.asarray(item.frame.blended(said.image))
+            for item, said in zip(batch, results, strict=True)
+            if item.frame is not None
+        ]
+        pixels = torch.from_numpy(np.stack(seen))
         after = pixels.to(self.upscaler.device).permute(0, 3, 1, 2).float() / 255
         try:
             read = self.reader.read

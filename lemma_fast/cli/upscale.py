@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Optional, cast
 
 import typer
 
-from lemma_fast.cli.exits import fail, interruptible, misused
-from lemma_fast.cli.options import MODEL_HELP, one_of
+from lemma_fast.cli.exits import fail, misused
+from lemma_fast.cli.options import ANY_MODEL_HELP, one_of
 from lemma_fast.outputs import OutputError
 
 if TYPE_CHECKING:
-    import torch
-
-    from lemma_fast.cli.inputs import Inputs
-    from lemma_fast.cli.report import Report
     from lemma_fast.images import Size
-    from lemma_fast.recognizers import Recognizer
 
 EXAMPLES = """
 Examples:
@@ -77,11 +69,21 @@ def upscale(
     size: Annotated[
         str,
         typer.Option(
-            help="native: 128x32, what recognisers take. x2: twice the input's width and height.",
-            **one_of("native", "x2"),
+            help="x2: twice the input's width and height. native: 128x32, for recognisers that "
+            "take no other size.",
+            **one_of("x2", "native"),
             rich_help_panel="Results",
         ),
-    ] = "native",
+    ] = "x2",
+    always: Annotated[
+        bool,
+        typer.Option(
+            "--always",
+            help="Give crops that are sharp already the network's whole result too. By default "
+            "half of theirs is the bicubic enlargement, because they have little to gain.",
+            rich_help_panel="Results",
+        ),
+    ] = False,
     keep_above: Annotated[
         int,
         typer.Option(
@@ -117,7 +119,7 @@ def upscale(
     model: Annotated[
         str,
         typer.Option(
-            help=MODEL_HELP,
+            help=ANY_MODEL_HELP,
             rich_help_panel="Network",
         ),
     ] = "small",
@@ -158,8 +160,8 @@ def upscale(
         typer.Option(
             metavar="NAME[=FILE]",
             help="Also let a recogniser read each crop before (bicubic) and after, for --jsonl and "
-            "--compare: tesseract, or abinet, aster, crnn, matrn, moran, parseq or text_focus with "
-            "its checkpoint.",
+            "--compare: rapidocr (extra: ocr) or tesseract; or abinet, aster, crnn, matrn, moran, "
+            "parseq or text_focus with its checkpoint.",
             rich_help_panel="Reports",
         ),
     ] = None,
@@ -168,9 +170,10 @@ def upscale(
         typer.Option(
             metavar="FILE",
             help="Write one line of JSON for each input: status, output or error, sizes, "
-            "milliseconds, the text that the network's prior read, its length, and what --read "
-            "read. - for standard output. A FILE of an earlier run is continued: the lines of "
-            "inputs that are only skipped, or not given this time, stay.",
+            "milliseconds, the text that the network's prior read, its length, the crop's "
+            "sharpness, the network's share of the result, and what --read read. - for standard "
+            "output. A FILE of an earlier run is continued: the lines of inputs that are only "
+            "skipped, or not given this time, stay.",
             rich_help_panel="Reports",
         ),
     ] = None,
@@ -190,12 +193,20 @@ def upscale(
     _check(paths, output, suffix, compare, read, jsonl, quiet, verbose)
     # Torch takes a second, and a network more: what is asked wrongly is said before.
     from lemma_fast.cli import jsonl as lines
-    from lemma_fast.cli.inputs import Inputs, Naming
+    from lemma_fast.cli.inputs import Inputs
     from lemma_fast.cli.report import Report
+    from lemma_fast.cli.results import Naming
+    from lemma_fast.cli.running import (
+        asking_the_hub,
+        go_through,
+        opened_reader,
+        report_absence,
+        standard_input,
+    )
 
     try:
         naming = Naming.chosen(paths, output, suffix, form)
-        inputs = Inputs(paths, suffix, recursive, naming.output, _standard_input(paths))
+        inputs = Inputs(paths, suffix, recursive, naming.output, standard_input(paths))
         lines.check(jsonl, inputs, overwrite)
     except OutputError as error:
         misused(error)
@@ -203,24 +214,29 @@ def upscale(
     if not verbose:
         # Pillow's remarks on odd but readable files.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-    if all(source.absence() is not None for source in inputs):
-        _report_absence(inputs, report, jsonl)
+    if report_absence(inputs, report, jsonl):
         report.close(inputs, output, keep_above)
         raise typer.Exit(2)
     from lemma_fast.checkpoint import CheckpointError
     from lemma_fast.cli.stream import Stream
+    from lemma_fast.recognizers import RapidOCR
     from lemma_fast.upscale import Upscaler
 
     chosen = cast("Size", size)
     try:
-        with _asking_the_hub(model, report):
-            upscaler = Upscaler(model, device, dtype, batch_size, chosen, accelerate=accelerate)
-        reader = _reader(read, upscaler.device)
+        with asking_the_hub(model, report):
+            upscaler = Upscaler(
+                model, device, dtype, batch_size, chosen, accelerate=accelerate, always=always
+            )
+        reader = opened_reader(read, upscaler.device)
     except (CheckpointError, FileNotFoundError) as error:
         fail(str(error))
     except ValueError as error:
         misused(error)
     report.detail(f"model {model}, {upscaler!r}")
+    if isinstance(reader, RapidOCR):
+        report.detail(f"recogniser {reader!r}")
+        report.remarks.append(reader.caution)
     stream = Stream(
         inputs,
         naming,
@@ -232,20 +248,7 @@ def upscale(
         to_stdout=output == "-",
         reader=reader,
     )
-    whole = "results that were written are whole"
-    try:
-        with (
-            interruptible(f"{whole}, the same call goes on", report.say) as check,
-            lines.opened(jsonl) as report.jsonl,
-            report.progress(inputs) as show,
-        ):
-            for outcome in stream:
-                report.add(outcome)
-                show()
-                check()
-    except lines.Unreported as error:
-        report.say(f"error: {error}; stopped, {whole}")
-        raise typer.Exit(1) from None
+    go_through(stream, inputs, report, jsonl)
     raise typer.Exit(report.close(inputs, output, keep_above))
 
 
@@ -279,71 +282,3 @@ def _check(
             misused("-o - would write an image to the terminal: redirect it")
     elif "-" in paths and output is None:
         misused("an image from standard input needs -o DIR, -o FILE or -o -")
-
-
-def _standard_input(paths: list[str]) -> bytes | None:
-    if "-" not in paths:
-        return None
-    if sys.stdin is None:
-        misused("-: standard input is closed")
-    try:
-        return sys.stdin.buffer.read()
-    except OSError as error:
-        misused(f"cannot read standard input: {error.strerror}")
-
-
-def _report_absence(inputs: Inputs, report: Report, jsonl: str | None) -> None:
-    """Report inputs of which none is there."""
-    from lemma_fast.cli import jsonl as lines
-    from lemma_fast.cli.inputs import Outcome
-
-    try:
-        with lines.opened(jsonl) as report.jsonl:
-            for source in inputs:
-                outcome = Outcome(source)
-                outcome.fail(source.absence() or "not there when it was looked for")
-                report.add(outcome)
-    except lines.Unreported as error:
-        report.say(f"error: {error}")
-
-
-def _reader(wanted: str | None, device: torch.device) -> Recognizer | None:
-    """Open the recogniser of NAME or NAME=CHECKPOINT and let it read an empty crop.
-
-    Raises ValueError or FileNotFoundError; ends the command where it cannot read.
-    """
-    if wanted is None:
-        return None
-    import torch
-
-    from lemma_fast.recognizers import load_recognizer
-
-    name, _, checkpoint = wanted.partition("=")
-    reader = load_recognizer(name, checkpoint or None, device=device)
-    try:
-        reader.read(torch.ones(1, 3, 32, 128, device=device))
-    except (RuntimeError, OSError, ValueError, MemoryError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        fail(f"--read {name} does not work here: {said}")
-    return reader
-
-
-@contextmanager
-def _asking_the_hub(model: str, report: Report) -> Iterator[None]:
-    """Say so where weights may come from afar, and hide the retries, a dozen lines of them."""
-    from lemma_fast.checkpoint import is_hub_id
-
-    if not is_hub_id(model):
-        yield
-        return
-    if not report.quiet:
-        report.say(f"{model} is not a local file; asking the Hugging Face Hub")
-    from huggingface_hub.utils import logging as hub
-
-    before = hub.get_verbosity()
-    if not report.verbose:
-        hub.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        hub.set_verbosity(before)

@@ -50,7 +50,7 @@ class CRNNPrior(nn.Module):
         super().__init__()
         self.config = config
         self.network = CRNN(config.crnn)
-        # The CRNN's class of each of ours; the blank is 0 on both sides.
+        # The CRNN's class for each class here; the blank is 0 on both sides.
         order = [0, *(CRNN_CHARACTERS.index(character) + 1 for character in config.charset)]
         self.register_buffer("order", torch.tensor(order), persistent=False)
         height, width = (2 * side // config.prior.reduction for side in config.size)

@@ -52,6 +52,22 @@ class ConvNorm(nn.Module):
         return F.relu(x) if self.activation == "relu" else F.mish(x)
 
 
+class DeviationNorm(nn.Module):
+    """Layer normalisation by the unbiased deviation, with eps added to the deviation itself.
+
+    Not nn.LayerNorm: that one divides by sqrt(biased variance + eps).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return self.scale * centred / (x.std(-1, keepdim=True) + 1e-6) + self.shift
+
+
 class Attention(nn.Module):
     """Multi-head attention on [N, L, C]; parameters are named as in `nn.MultiheadAttention`."""
 
@@ -65,20 +81,66 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend from `query` [N, L, C] to `key` [N, S, C], which is the value too.
+    def forward(
+        self, query: Tensor, key: Tensor, mask: Tensor | None = None, value: Tensor | None = None
+    ) -> Tensor:
+        """Attend from `query` [N, L, C] to `key` [N, S, C], which is the value unless one is given.
 
         `mask` is boolean, broadcast to [N, heads, L, S]; True takes part.
         """
+        inputs = (query, key, key if value is None else value)
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
         q, k, v = (
             F.linear(x, weight, bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for x, weight, bias in zip((query, key, key), weights, biases, strict=True)
+            for x, weight, bias in zip(inputs, weights, biases, strict=True)
         )
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class MappedAttention(nn.Module):
+    """Multi-head attention that also returns its map, before dropout."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Turn (N, L, width) into (N, heads, L, width / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def memory(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of `tokens`, to be used for any number of queries."""
+        return self.split(self.key(tokens)), self.split(self.value(tokens))
+
+    def forward(
+        self, x: Tensor, memory: tuple[Tensor, Tensor], visible: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend from `x` (N, T, width); `visible` (T, L) bool is what each row may see."""
+        keys, values = memory
+        query = self.split(self.query(x))
+        scores = query @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -math.inf)
+        weights = scores.softmax(-1)
+        mixed = (self.dropout(weights) @ values).transpose(1, 2).flatten(2)
+        return self.out(mixed), weights
+
+    def mix(self, x: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
+        """What `forward` returns first, without the map, for which there may be no memory."""
+        keys, values = memory
+        dropout = self.dropout.p if self.training else 0.0
+        query = self.split(self.query(x))
+        mixed = F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 class TransformerLayer(nn.Module):
@@ -94,9 +156,19 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        mask: Tensor | None = None,
+        positions: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        attended = self.attention(x, x if memory is None else memory, mask)
+        """`positions` are added to the queries and to the keys, but not to the values."""
+        memory = x if memory is None else memory
+        if positions is None:
+            attended = self.attention(x, memory, mask)
+        else:
+            query, key = x + positions[0], memory + positions[1]
+            attended = self.attention(query, key, mask, value=memory)
         x = self.norm1(x + self.dropout(attended))
         hidden = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.norm2(x + self.dropout(hidden))

@@ -14,6 +14,8 @@ from lemma_fast.model.layers import ConvNorm
 
 WIDTHS = (32, 64, 128, 256, 256, 256)
 POOLS: tuple[tuple[int, int] | None, ...] = ((2, 2), (2, 2), (2, 2), (2, 2), (1, 2), None)
+# For a crop that is seen at twice its height.
+TALL_POOLS: tuple[tuple[int, int] | None, ...] = ((2, 2), (2, 2), (2, 2), (2, 2), (2, 2), None)
 
 
 class Localization(nn.Module):
@@ -102,16 +104,26 @@ class ThinPlateSpline(nn.Module):
 
 
 class Rectifier(nn.Module):
-    """Localisation and thin-plate spline, in fp32: half precision would shift the sampling grid."""
+    """Localisation and thin-plate spline, in fp32: half precision would shift the sampling grid.
 
-    def __init__(self, config: LemmaConfig) -> None:
+    `tall` stretches the crop to twice its height first (bilinear, align_corners=True), and both
+    parts see that, as in TextZoom's code; the result has the crop's size either way.
+    """
+
+    def __init__(self, config: LemmaConfig, tall: bool = False) -> None:
         super().__init__()
         size = (config.height, config.width)
-        self.localization = Localization(config.in_channels, size, config.control_points)
+        self.seen = (2 * config.height, config.width) if tall else size
+        pools = TALL_POOLS if tall else POOLS
+        self.localization = Localization(
+            config.in_channels, self.seen, config.control_points, pools
+        )
         self.spline = ThinPlateSpline(size, config.control_points)
 
     def forward(self, crop: Tensor) -> Tensor:
         with torch.autocast(crop.device.type, enabled=False):
+            if self.seen != crop.shape[2:]:
+                crop = F.interpolate(crop, self.seen, mode="bilinear", align_corners=True)
             return self.spline(crop, self.localization(crop))
 
 

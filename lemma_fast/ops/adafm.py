@@ -1,4 +1,4 @@
-"""AdaFM compiled: what PyTorch has to know of `torch.ops.lemma_fast.adafm*`, and the public door.
+"""AdaFM compiled: what PyTorch has to know of `torch.ops.lemma_fast.adafm*`, and a call.
 
 The library that `csrc/` makes holds the schemas and the code for CPU and CUDA; here are the shapes
 of the results, the gradients, and the function that `ops.fused` offers. Importing this module loads
@@ -7,6 +7,7 @@ the library: ImportError where there is none.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from lemma_fast.ops import extension
+from lemma_fast.ops.layouts import empty_map
 from lemma_fast.ops.precision import convolutions_allow_tf32
 from lemma_fast.ops.weights import AdaFMWeights, flat
 
 extension.load()
 
-# 64, of csrc/adafm_cuda.h: a thread's registers hold its share of so many channels.
+# 64, of csrc/adafm/cuda/passes.h: a thread's registers hold its share of so many channels.
 MAX_CUDA_CHANNELS: int = extension.library().lemma_fast_adafm_max_cuda_channels()
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -112,13 +114,6 @@ def _check(features: Tensor, guidance: Tensor, weights: AdaFMWeights, training: 
         raise ValueError(f"batch statistics need more than one position, got {[*features.shape]}")
 
 
-def _empty_map(like: Tensor) -> Tensor:
-    """Return an uninitialised map with the sizes and the layout of `like`."""
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty_like(like, memory_format=layout)
-
-
 @torch.library.register_fake("lemma_fast::adafm_fold")
 def _(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     C, _, H, W = weights[31].shape
@@ -128,7 +123,7 @@ def _(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 @torch.library.register_fake("lemma_fast::adafm_inference")
 def _(features: Tensor, guidance: Tensor, folded: Tensor, tf32: bool) -> Tensor:
-    return _empty_map(features)
+    return empty_map(features, features.shape[1])
 
 
 @torch.library.register_fake("lemma_fast::adafm")
@@ -140,7 +135,7 @@ def _(
     saved = features.new_empty(size, dtype=torch.uint8)
     norms = len(_NORMS) if training else 0
     shares = features.new_empty(norms, 2, C, dtype=_computing(features.dtype))
-    return _empty_map(features), saved, shares
+    return empty_map(features, features.shape[1]), saved, shares
 
 
 @torch.library.register_fake("lemma_fast::adafm_backward")
@@ -154,17 +149,31 @@ def _(
     tf32: bool,
 ) -> list[Tensor]:
     grads = [weight.new_empty(weight.shape) for weight in weights]
-    return [_empty_map(features), _empty_map(guidance), *grads]
+    return [empty_map(features, features.shape[1]), empty_map(guidance, guidance.shape[1]), *grads]
+
+
+def _bytes(device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Sizes of the folded parameters and of what is kept for the backward pass.
+
+    `device` is "cpu" or "cuda", `shape` the images, channels and positions of maps of `dtype`.
+    """
+    call = getattr(extension.library(), f"lemma_fast_adafm_{device}_bytes", None)
+    if call is None:
+        raise NotImplementedError(f"the C++ extension was built without AdaFM for {device}")
+    folded, saved = ctypes.c_int64(), ctypes.c_int64()
+    sizes = [ctypes.c_int64(size) for size in (*shape, dtype.itemsize)]
+    call(*sizes, ctypes.byref(folded), ctypes.byref(saved))
+    return folded.value, saved.value
 
 
 def _folded_bytes(device: str, C: int, P: int, dtype: torch.dtype) -> int:
     """Size of what `adafm_fold` makes."""
-    return extension.adafm_bytes(device, (0, int(C), int(P)), dtype)[0]
+    return _bytes(device, (0, int(C), int(P)), dtype)[0]
 
 
 def _saved_bytes(device: str, N: int, C: int, P: int, dtype: torch.dtype) -> int:
     """Size of what a forward pass keeps, which is linear in N: N may be a symbol."""
-    none, one = (extension.adafm_bytes(device, (n, int(C), int(P)), dtype)[1] for n in (0, 1))
+    none, one = (_bytes(device, (n, int(C), int(P)), dtype)[1] for n in (0, 1))
     return none + N * (one - none)
 
 

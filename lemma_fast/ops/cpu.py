@@ -1,4 +1,4 @@
-"""Operations in C++ for inference on the CPU, in fp32: csrc/ has the code, this module the doors.
+"""Operations in C++ for inference on the CPU, in fp32: csrc/ has the code, this module calls it.
 
 The module is a table of the six operations, `LEMMA(config, ops=cpu)`, and offers what a prepared
 model calls directly: operations that take weights packed once by a `pack_...` function. Nothing
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lemma_fast.ops import Activation, extension
 from lemma_fast.ops.fused import adafm
+from lemma_fast.ops.layouts import empty_map
 from lemma_fast.ops.reference import (
     compress_select,
     gather_region,
@@ -178,12 +179,7 @@ def _without_gradient(name: str, *tensors: Tensor) -> None:
 
 
 def _fake_bigru(features: Tensor, packed: Tensor, hidden: int, axis: int) -> Tensor:
-    N, _, H, W = features.shape
-    last = not features.is_contiguous() and features.is_contiguous(
-        memory_format=torch.channels_last
-    )
-    layout = torch.channels_last if last else torch.contiguous_format
-    return features.new_empty(N, 2 * hidden, H, W).to(memory_format=layout)
+    return empty_map(features, 2 * hidden)
 
 
 def _fake_winograd(

@@ -82,17 +82,3 @@ def build_info() -> dict[str, Any]:
     info: dict[str, Any] = json.loads(library().lemma_fast_build_info().decode())
     channels = library().lemma_fast_adafm_max_cuda_channels()
     return {**info, "cpu": cpu.decode(), "adafm_cuda_channels": channels}
-
-
-def adafm_bytes(device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
-    """Tell what AdaFM's folded parameters and what it keeps for its backward pass take in bytes.
-
-    `device` is "cpu" or "cuda", `shape` the images, channels and positions of maps of `dtype`.
-    """
-    call = getattr(library(), f"lemma_fast_adafm_{device}_bytes", None)
-    if call is None:
-        raise NotImplementedError(f"the C++ extension was built without AdaFM for {device}")
-    folded, saved = ctypes.c_int64(), ctypes.c_int64()
-    sizes = [ctypes.c_int64(size) for size in (*shape, dtype.itemsize)]
-    call(*sizes, ctypes.byref(folded), ctypes.byref(saved))
-    return folded.value, saved.value

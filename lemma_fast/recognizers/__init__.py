@@ -16,7 +16,17 @@ import torch
 from lemma_fast.checkpoint.files import CheckpointError
 from lemma_fast.config import CRNNConfig
 from lemma_fast.devices import choose_device
-from lemma_fast.recognizers import abinet, aster, crnn, matrn, moran, parseq, tesseract, text_focus
+from lemma_fast.recognizers import (
+    abinet,
+    aster,
+    crnn,
+    matrn,
+    moran,
+    parseq,
+    rapidocr,
+    tesseract,
+    text_focus,
+)
 from lemma_fast.recognizers.abinet import ABINet
 from lemma_fast.recognizers.aster import ASTER
 from lemma_fast.recognizers.base import Reading, Recognizer
@@ -24,6 +34,7 @@ from lemma_fast.recognizers.crnn import CRNN
 from lemma_fast.recognizers.matrn import MATRN
 from lemma_fast.recognizers.moran import MORAN, MORANConfig
 from lemma_fast.recognizers.parseq import PARSeq, PARSeqConfig
+from lemma_fast.recognizers.rapidocr import RapidOCR
 from lemma_fast.recognizers.tesseract import Tesseract
 from lemma_fast.recognizers.text_focus import TextFocus, TextFocusConfig
 
@@ -37,6 +48,7 @@ __all__ = [
     "MORANConfig",
     "PARSeq",
     "PARSeqConfig",
+    "RapidOCR",
     "Reading",
     "Recognizer",
     "Tesseract",
@@ -70,6 +82,7 @@ _PUBLISHED: dict[str, tuple[str, str]] = {
 }
 # A program's constructor takes options alone: what it knows is installed with it.
 _PROGRAMS: dict[str, Callable[..., Recognizer]] = {
+    "rapidocr": rapidocr.RapidOCR,
     "tesseract": tesseract.Tesseract,
 }
 
@@ -89,14 +102,15 @@ def load_recognizer(
     """Return the recogniser `name`, ready to read.
 
     A network needs a `checkpoint`, ours (`.safetensors`) or the published one, and goes to
-    `device`, where "auto" is CUDA if there is any, else the CPU. A program such as Tesseract has
-    neither. `options` are the recogniser's own: `corrected` of crnn and moran, `jobs` of tesseract.
+    `device`, where "auto" is CUDA if there is any, else the CPU. A program such as Tesseract, or
+    RapidOCR with its own models, has neither. `options` are the recogniser's own: `corrected` of
+    crnn and moran, `jobs` of tesseract, `threads` of rapidocr.
     Nothing is downloaded: without its checkpoint a network raises CheckpointError, a ValueError,
     that says which file it wants and whose it is.
     """
     if name in _PROGRAMS:
         if checkpoint is not None:
-            raise ValueError(f"{name} is an installed program and takes no checkpoint")
+            raise ValueError(f"{name} is installed with what it knows and takes no checkpoint")
         return _PROGRAMS[name](**options)
     if name not in _NETWORKS:
         raise ValueError(f"no recogniser {name!r}; there are {', '.join(list_recognizers())}")

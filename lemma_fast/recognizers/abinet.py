@@ -64,5 +64,5 @@ class ABINet(PriorReader):
 
 
 def load(checkpoint: str | Path) -> ABINet:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     return prior_reader.load(ABINet, checkpoint)

@@ -198,7 +198,7 @@ def _published_paths() -> dict[str, str]:
 
 
 def load(checkpoint: str | Path) -> ASTER:
-    """Open a checkpoint of ours or the published one, on the CPU, for reading."""
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     state, _ = files.read_weights(checkpoint)
     model = ASTER()
     model.load_published_state(state, str(checkpoint))

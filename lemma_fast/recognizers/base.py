@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lemma_fast.recognizers.charset import Charset
 
-__all__ = ["Reading", "Recognizer", "check_images", "grey", "read_greedily"]
+__all__ = [
+    "ReadLine", "ReadWord", "Reading", "Recognizer", "check_images", "grey", "read_greedily",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,25 @@ class Reading:
     text: str
     confidence: float
     ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadWord:
+    """A word in a line: where it begins and ends, in shares of the line's width."""
+
+    text: str
+    confidence: float
+    left: float
+    right: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLine:
+    """What was read in a crop of a whole line, and its words from left to right."""
+
+    text: str
+    confidence: float
+    words: tuple[ReadWord, ...]
 
 
 class Recognizer(Protocol):

@@ -136,16 +136,15 @@ class CRNN(nn.Module):
 
 
 def load(checkpoint: str | Path, *, corrected: bool | None = None) -> CRNN:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading.
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading.
 
     `corrected` overrides what the checkpoint says about the normalisation of the input.
     """
     state, metadata = files.read_weights(checkpoint)
-    config = CRNNConfig()
-    if metadata.get("recognizer") == CRNN.name:
-        config = files.config_from_json(CRNNConfig, metadata["config"])
-    if corrected is not None:
-        config = replace(config, corrected=corrected)
-    model = CRNN(config)
+    with files.config_of(checkpoint):
+        config = files.carried_config(CRNNConfig, CRNN.name, metadata)
+        if corrected is not None:
+            config = replace(config, corrected=corrected)
+        model = CRNN(config)
     files.load_strictly(model, state, str(checkpoint))
     return model.eval()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lemma_fast.checkpoint.published import LAYER_PARTS
+from lemma_fast.checkpoint.published import PARTS
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model.layers import TransformerLayer, sinusoid
 from lemma_fast.model.prior import PositionAttention, Seen
@@ -109,7 +109,7 @@ class MATRN(PriorReader):
             "fusion.semantic_classifier": f"{theirs}.cls_sem",
         }
         for layer in range(_ENCODER_LAYERS):
-            for part, published in LAYER_PARTS["self"].items():
+            for part, published in PARTS["self"].items():
                 names[f"fusion.encoder.{layer}.{part}"] = (
                     f"{theirs}.model1.layers.{layer}.{published}"
                 )
@@ -124,5 +124,5 @@ class MATRN(PriorReader):
 
 
 def load(checkpoint: str | Path) -> MATRN:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     return prior_reader.load(MATRN, checkpoint)

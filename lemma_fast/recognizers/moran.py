@@ -229,17 +229,16 @@ def _published_paths() -> dict[str, str]:
 
 
 def load(checkpoint: str | Path, *, corrected: bool | None = None) -> MORAN:
-    """Open a checkpoint of ours or the published one, on the CPU, for reading.
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading.
 
     `corrected` overrides what the checkpoint says about the normalisation of the input.
     """
     state, metadata = files.read_weights(checkpoint)
-    config = MORANConfig()
-    if metadata.get("recognizer") == MORAN.name:
-        config = files.config_from_json(MORANConfig, metadata["config"])
-    if corrected is not None:
-        config = replace(config, corrected=corrected)
-    model = MORAN(config)
+    with files.config_of(checkpoint):
+        config = files.carried_config(MORANConfig, MORAN.name, metadata)
+        if corrected is not None:
+            config = replace(config, corrected=corrected)
+        model = MORAN(config)
     # the published way: the prefix of DataParallel goes wherever in the name it stands
     plain = {key.replace("module.", ""): value for key, value in state.items()}
     model.load_published_state(plain, str(checkpoint))

@@ -276,11 +276,9 @@ class PARSeq(nn.Module):
 
 
 def load(checkpoint: str | Path) -> PARSeq:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     state, metadata = files.read_weights(checkpoint)
-    config = PARSeqConfig()
-    if metadata.get("recognizer") == PARSeq.name:
-        config = files.config_from_json(PARSeqConfig, metadata["config"])
-    model = PARSeq(config)
+    with files.config_of(checkpoint):
+        model = PARSeq(files.carried_config(PARSeqConfig, PARSeq.name, metadata))
     files.load_strictly(model, state, str(checkpoint))
     return model.eval()

@@ -128,9 +128,9 @@ def load_published(
 ) -> None:
     """Load weights that carry the published `names`; raise ValueError for any that do not fit.
 
-    Weights that carry our names fit too: a file of ours has them. Missing weights are named as in
-    our model, unknown ones as in `state`. Batch counters, which PyTorch added later than some
-    checkpoints were written, may be missing: nothing reads them.
+    Weights that carry our names fit too: a file that `save` wrote has them. Missing weights are
+    named as in our model, unknown ones as in `state`. Batch counters, which PyTorch added later
+    than some checkpoints were written, may be missing: nothing reads them.
     """
     ours = {published: name for name, published in names.items()}
     renamed = {ours.get(key, key): value for key, value in state.items()}

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -29,14 +30,14 @@ _BORDER = 10
 _TEXT_LEVEL = "5"
 
 
-def prepare(pixels: np.ndarray) -> Image.Image:
+def prepare(pixels: NDArray[np.uint8]) -> Image.Image:
     """Turn an RGB crop (H, W, 3) uint8 into what Tesseract likes to see.
 
     Grey, enlarged one to four times towards a height of 64, autocontrast, light background (a crop
     whose outline is mostly dark is inverted), white border.
     """
     image = Image.fromarray(pixels).convert("L")
-    factor = min(4, max(1, round(_HEIGHT / image.height)))
+    factor = _factor(image.height)
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     image = ImageOps.autocontrast(image)
     # a white frame round a dark crop would be read as a shape of its own
@@ -45,7 +46,11 @@ def prepare(pixels: np.ndarray) -> Image.Image:
     return ImageOps.expand(image, _BORDER, fill=255)
 
 
-def _outline(pixels: np.ndarray) -> np.ndarray:
+def _factor(height: int) -> int:
+    return min(4, max(1, round(_HEIGHT / height)))
+
+
+def _outline(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 
 
@@ -108,7 +113,23 @@ class Tesseract:
         with ThreadPoolExecutor(self.jobs) as pool:
             return [reading for part in pool.map(self._read_chunk, chunks) for reading in part]
 
-    def _read_chunk(self, crops: Sequence[np.ndarray]) -> list[base.Reading]:
+    def read_lines(self, crops: Sequence[NDArray[np.uint8]]) -> list[base.ReadLine]:
+        """Read RGB crops [H, W, 3] uint8 of whole lines, and find their words (`--psm 7`)."""
+        order = np.array_split(np.arange(len(crops)), self.jobs)
+        chunks = [[crops[n] for n in part] for part in order if len(part)]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            tables = list(pool.map(lambda chunk: self._table(chunk, "7"), chunks))
+        return [
+            line
+            for table, chunk in zip(tables, chunks, strict=True)
+            for line in parse_lines(table, chunk)
+        ]
+
+    def _read_chunk(self, crops: Sequence[NDArray[np.uint8]]) -> list[base.Reading]:
+        return parse(self._table(crops, "8"), len(crops))
+
+    def _table(self, crops: Sequence[NDArray[np.uint8]], segmentation: str) -> str:
+        """Run the program over crops of any sizes; returns its TSV."""
         with tempfile.TemporaryDirectory(prefix="lemma-fast-") as folder:
             paths = [Path(folder, f"{n}.png") for n in range(len(crops))]
             for path, crop in zip(paths, crops, strict=True):
@@ -118,7 +139,7 @@ class Tesseract:
             listing.write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
             command = [self.executable, str(listing), "-", "-l", self.language]
             finished = subprocess.run(
-                [*command, "--psm", "8", "--oem", "1", "tsv"],
+                [*command, "--psm", segmentation, "--oem", "1", "tsv"],
                 capture_output=True,
                 text=True,
                 encoding="utf-8",
@@ -127,23 +148,48 @@ class Tesseract:
             )
         if finished.returncode:
             raise RuntimeError(f"tesseract failed: {finished.stderr.strip()[-500:]}")
-        return parse(finished.stdout, len(crops))
+        return finished.stdout
 
 
 def parse(table: str, count: int) -> list[base.Reading]:
     """Turn Tesseract's TSV, whose pages are the crops in order, into `count` readings."""
-    texts = [""] * count
-    confidences: list[list[float]] = [[] for _ in range(count)]
+    return [
+        base.Reading(
+            text := "".join(word.text for word in words),
+            min(word.confidence for word in words) if text else 0.0,
+        )
+        for words in _words(table, [1] * count)
+    ]
+
+
+def parse_lines(table: str, crops: Sequence[np.ndarray]) -> list[base.ReadLine]:
+    """Turn Tesseract's TSV, whose pages are the crops in order, into lines.
+
+    The confidence of a line is the least of its words', 0 where nothing was read.
+    """
+    lines = []
+    for words in _words(table, [_factor(crop.shape[0]) * crop.shape[1] for crop in crops]):
+        read = tuple(word for word in words if word.text)
+        sure = min((word.confidence for word in read), default=0.0)
+        lines.append(base.ReadLine(" ".join(word.text for word in read), sure, read))
+    return lines
+
+
+def _words(table: str, widths: Sequence[int]) -> list[list[base.ReadWord]]:
+    """Collect the words of each page, whose width without its border is given."""
+    count = len(widths)
+    found: list[list[base.ReadWord]] = [[] for _ in range(count)]
     pages = set()
     for row in csv.DictReader(table.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE):
         page = int(row["page_num"]) - 1
         pages.add(page)
         if row["level"] == _TEXT_LEVEL:
-            texts[page] += row["text"].strip()
-            confidences[page].append(float(row["conf"]) / 100)
+            left = int(row["left"]) - _BORDER
+            ends = (max(0, left), min(widths[page], left + int(row["width"])))
+            sure = float(row["conf"]) / 100
+            found[page].append(
+                base.ReadWord(row["text"].strip(), sure, *(end / widths[page] for end in ends))
+            )
     if pages != set(range(count)):
         raise RuntimeError(f"tesseract answered for {len(pages)} of {count} crops")
-    return [
-        base.Reading(text, min(parts) if text else 0.0)
-        for text, parts in zip(texts, confidences, strict=True)
-    ]
+    return found

@@ -19,14 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.checkpoint import files
-from lemma_fast.model.layers import ConvNorm, sinusoid
+from lemma_fast.model.layers import ConvNorm, DeviationNorm, MappedAttention, sinusoid
 from lemma_fast.recognizers import base
 from lemma_fast.recognizers.charset import FOCUS
 
 #: Rows of the position table in the published checkpoint, where it is stored.
 _PUBLISHED_POSITIONS = 5000
-#: Rows of ours, which is computed: far more than the longest word.
+#: Rows of our own table, which is computed: far more than the longest word.
 _POSITIONS = 256
+
+#: Classes of the stroke recogniser: the end, and nine kinds of strokes.
+STROKES = 10
+
+# What the published network calls its two ends.
+_NAMES = {"embedding": "embedding_word.lut", "classifier": "generator_word.proj"}
+_STROKE_NAMES = {
+    "embedding": "embedding_word_with_upperword.lut",
+    "classifier": "generator_word_with_upperword.proj",
+}
 
 #: Layers that the published network owns and never calls; here they would only break DDP.
 UNUSED = tuple(
@@ -43,7 +53,8 @@ class TextFocusConfig:
     `stem` are the widths before the two poolings, `stages` and `blocks` the width and the number
     of residual blocks of each stage, `width` that of the image tokens and of the decoder (half of
     it embeds the character, half its position). `max_length` bounds what `read` spells, the end
-    included.
+    included. `classes` is 37, characters, or 10: the network of Text Gestalt, which is the same but
+    for naming strokes, and so reads no text.
     """
 
     stem: tuple[int, int] = (64, 128)
@@ -54,6 +65,7 @@ class TextFocusConfig:
     hidden: int = 2048
     dropout: float = 0.1
     max_length: int = 26
+    classes: int = FOCUS.size
 
     @classmethod
     def small(cls) -> TextFocusConfig:
@@ -61,6 +73,10 @@ class TextFocusConfig:
         return cls((16, 32), (64, 64, 96, 96), (1, 1, 1, 1), width=192, heads=6, hidden=384)
 
     def __post_init__(self) -> None:
+        if self.classes not in (FOCUS.size, STROKES):
+            raise ValueError(
+                f"{self.classes} classes: {FOCUS.size} (characters) or {STROKES} (strokes)"
+            )
         if len(self.stages) != len(self.blocks):
             raise ValueError(f"{len(self.stages)} stage widths, but {len(self.blocks)} depths")
         if self.width % (2 * self.heads):
@@ -70,7 +86,7 @@ class TextFocusConfig:
 
 
 class TextFocusOutput(NamedTuple):
-    """`logits` (N, T, 37) and `attention` (N, heads, T, 256), the softmax over image tokens."""
+    """`logits` (N, T, classes) and `attention` (N, heads, T, 256), a softmax over image tokens."""
 
     logits: Tensor
     attention: Tensor
@@ -130,68 +146,18 @@ class _Encoder(nn.Module):
         return out
 
 
-class _Norm(nn.Module):
-    """Layer normalisation by the unbiased deviation, with eps added to the deviation itself.
-
-    Not nn.LayerNorm: that one divides by sqrt(biased variance + eps).
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.shift = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return self.scale * centred / (x.std(-1, keepdim=True) + 1e-6) + self.shift
-
-
-class _Attention(nn.Module):
-    """Multi-head attention that also returns its map, before dropout."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def split(self, x: Tensor) -> Tensor:
-        """Turn (N, L, width) into (N, heads, L, width / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def memory(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of `tokens`, to be used for any number of queries."""
-        return self.split(self.key(tokens)), self.split(self.value(tokens))
-
-    def forward(
-        self, x: Tensor, memory: tuple[Tensor, Tensor], visible: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Attend from `x` (N, T, width); `visible` (T, L) bool is what each row may see."""
-        keys, values = memory
-        query = self.split(self.query(x))
-        scores = query @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -math.inf)
-        weights = scores.softmax(-1)
-        mixed = (self.dropout(weights) @ values).transpose(1, 2).flatten(2)
-        return self.out(mixed), weights
-
-
 class _Decoder(nn.Module):
     """Causal self-attention, attention to the image, feed-forward; each followed by a norm."""
 
     def __init__(self, config: TextFocusConfig) -> None:
         super().__init__()
         width = config.width
-        self.self_attention = _Attention(width, config.heads, config.dropout)
-        self.image_attention = _Attention(width, config.heads, config.dropout)
+        self.self_attention = MappedAttention(width, config.heads, config.dropout)
+        self.image_attention = MappedAttention(width, config.heads, config.dropout)
         self.expand = nn.Linear(width, config.hidden)
         self.contract = nn.Linear(config.hidden, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.norms = nn.ModuleList([_Norm(width) for _ in range(3)])
+        self.norms = nn.ModuleList([DeviationNorm(width) for _ in range(3)])
 
     def forward(self, x: Tensor, memory: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         T = x.shape[1]
@@ -213,10 +179,10 @@ class TextFocus(nn.Module):
         super().__init__()
         self.config = config = config or TextFocusConfig()
         half = config.width // 2
-        self.embedding = nn.Embedding(FOCUS.size, half)
+        self.embedding = nn.Embedding(config.classes, half)
         self.encoder = _Encoder(config)
         self.decoder = _Decoder(config)
-        self.classifier = nn.Linear(config.width, FOCUS.size)
+        self.classifier = nn.Linear(config.width, config.classes)
         self.dropout = nn.Dropout(config.dropout)
         self.positions: Tensor
         self.register_buffer("positions", sinusoid(_POSITIONS, half), persistent=False)
@@ -261,7 +227,8 @@ class TextFocus(nn.Module):
         """Predict every next character of the known texts (teacher forcing).
 
         `grey` (N, 1, 32, 128) comes from `prepare`, `inputs` (N, T) int64 from
-        `encode_focus_labels`. Rows past a text's length are computed and mean nothing.
+        `encode_focus_labels` or `encode_stroke_labels`. Rows past a text's length are computed and
+        mean nothing.
         """
         memory = self.decoder.image_attention.memory(self.encode(grey))
         return self._decode(inputs, memory)
@@ -274,6 +241,8 @@ class TextFocus(nn.Module):
         """
         if self.training:
             raise RuntimeError("call eval() before read(): dropout and batch statistics are on")
+        if self.config.classes != FOCUS.size:
+            raise ValueError("this text-focus Transformer names strokes, which do not make a text")
         grey = self.prepare(images)
         memory = self.decoder.image_attention.memory(self.encode(grey))
         inputs = torch.zeros(len(grey), 1, dtype=torch.int64, device=grey.device)
@@ -323,13 +292,15 @@ class TextFocus(nn.Module):
 
 
 def load(checkpoint: str | Path) -> TextFocus:
-    """Open a checkpoint of ours (sizes included) or the published one, on the CPU, for reading."""
+    """Open a checkpoint that `save` wrote, or the published one, on the CPU, for reading."""
     state, metadata = files.read_weights(checkpoint)
     if metadata.get("recognizer") == TextFocus.name:
-        model = TextFocus(files.config_from_json(TextFocusConfig, metadata["config"]))
+        with files.config_of(checkpoint):
+            model = TextFocus(files.config_from_json(TextFocusConfig, metadata["config"]))
         files.load_strictly(model, state, str(checkpoint))
     else:
-        model = TextFocus()
+        strokes = f"{_STROKE_NAMES['classifier']}.weight" in state
+        model = TextFocus(TextFocusConfig(classes=STROKES if strokes else FOCUS.size))
         model.load_published_state(state, str(checkpoint))
     return model.eval()
 
@@ -337,8 +308,7 @@ def load(checkpoint: str | Path) -> TextFocus:
 def published_names(config: TextFocusConfig) -> dict[str, str]:
     """Map every name of our state_dict to the published one."""
     modules = {
-        "embedding": "embedding_word.lut",
-        "classifier": "generator_word.proj",
+        **(_STROKE_NAMES if config.classes == STROKES else _NAMES),
         "decoder.expand": "decoder.pff.w_1",
         "decoder.contract": "decoder.pff.w_2",
     }

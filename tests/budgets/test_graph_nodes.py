@@ -13,13 +13,16 @@ from lemma_fast.ops import extension
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 
 
+def test_the_goal_is_kept():
+    assert json.loads(BUDGET.read_text(encoding="utf-8"))["bfloat16"]["all"] <= 250
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_graph_keeps_its_budget(dtype):
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))[str(dtype).removeprefix("torch.")]
     one, many = count(dtype, (1, 64))
     found = many.by_stage()
-    # One image saves the copy that repeats the language model's first queries.
-    assert one.by_stage() == {**found, "language": found["language"] - 1, "all": found["all"] - 1}
+    assert one.by_stage() == found
     assert one.host == many.host == []
     assert found.keys() == budget.keys()
     for stage, nodes in found.items():

@@ -10,7 +10,8 @@ from cubin_cases import cases, groups
 
 # Kernels without products on tensor cores; score_backward multiplies in plain fp32.
 WITHOUT_PRODUCTS = {
-    "collect", "enhance", "enhance_backward", "invert", "score", "score_backward", "select",
+    "add_norm", "bias_act", "collect", "enhance", "enhance_backward", "invert", "score",
+    "read_characters", "score_backward", "select",
 }  # fmt: skip
 COMMAND = "PYTHONPATH=tests TRITON_INTERPRET=1 python tests/cubin_budget.py --write"
 

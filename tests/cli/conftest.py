@@ -31,7 +31,7 @@ class Ran:
 @pytest.fixture
 def echo(monkeypatch):
     model = EchoModel()
-    monkeypatch.setattr("lemma_fast.upscale.load", lambda name, device: model)
+    monkeypatch.setattr("lemma_fast.upscale.open_network", lambda name, device: model)
     return model
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_network import tiny_config
 
 from lemma_fast import LEMMA, checkpoint
-from lemma_fast.bench import variants as bench
+from lemma_fast.bench import plan as plans
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def test_bad_options_are_named(run, arguments, reason):
 
 def test_quick_leaves_out_what_takes_minutes():
     for device in ("cpu", "cuda"):
-        plan = bench.default_plan(torch.device(device), quick=True)
+        plan = plans.default_plan(torch.device(device), quick=True)
         assert plan.variants == ("reference", "accelerated")
-        full = bench.default_plan(torch.device(device))
+        full = plans.default_plan(torch.device(device))
         # Weights in half precision are for where half precision is timed.
-        assert set(bench.VARIANTS) - set(full.variants) <= {"reference-cast"}
+        assert set(plans.VARIANTS) - set(full.variants) <= {"reference-cast"}
         assert ("reference-cast" in full.variants) == (device == "cuda")
         assert full.batches[0] == 1
     assert full.batches == (1, 8, 64, 256)

@@ -9,7 +9,18 @@ import typer
 
 from lemma_fast import LEMMA, LemmaConfig, Upscaler, checkpoint, cli
 
-COMMANDS = ("upscale", "convert", "doctor", "export", "bench", "train", "evaluate", "data")
+COMMANDS = (
+    "upscale",
+    "read",
+    "photo",
+    "convert",
+    "doctor",
+    "export",
+    "bench",
+    "train",
+    "evaluate",
+    "data",
+)
 
 
 @pytest.fixture(scope="module")

@@ -52,12 +52,14 @@ def test_a_record_that_does_not_decode_is_left_out_by_every_command(run, tmp_pat
         assert ran.code == 1
         assert f"skipped {root}#000000002: " in ran.err
     ran = run("evaluate", root, "--model", "bicubic", "--recognizer", "", "--json")
-    assert ran.code == 0, ran.err
+    assert ran.code == 1, ran.err
     assert json.loads(ran.out)["skipped"] == {"set": 1}
+    assert f"skipped {root}#000000002: " in ran.err
     for cache in ("none", "ram"):
         settings = [f"data.train={root}", "run.steps=4", "--stage", "prior", "--restart"]
         ran = run("train", config, *settings, f"data.cache={cache}")
         assert ran.code == 0, ran.err
+        assert f"skipped {root}#000000002: " in ran.err
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import lemma_fast.bench.run
 import lemma_fast.upscale  # noqa: F401  (before a test replaces what it imports)
 from lemma_fast import LEMMA, checkpoint
 from lemma_fast.cli import jsonl
-from lemma_fast.cli.inputs import Outcome, Source
+from lemma_fast.cli.inputs import Source
+from lemma_fast.cli.results import Outcome
 
 # The command, with {weights} a checkpoint and {out} the file that it writes.
 COMMANDS = {
@@ -37,7 +38,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def idle(monkeypatch):
     """No command may begin its work."""
-    for name in ("checkpoint.load", "checkpoint.convert", "bench.run.run", "upscale.load"):
+    for name in ("checkpoint.load", "baselines.convert", "bench.run.run", "upscale.open_network"):
         monkeypatch.setattr(f"lemma_fast.{name}", lambda *_, **__: pytest.fail("it began"))
 
 

@@ -13,10 +13,13 @@ from lemma_fast.recognizers import (
     CRNNConfig,
     PARSeq,
     PARSeqConfig,
+    RapidOCR,
+    Reading,
     TextFocus,
     TextFocusConfig,
 )
 from lemma_fast.training.data.pairs import TextZoomDataset
+from lemma_fast.training.evaluation import evaluate
 from lemma_fast.training.settings.schema import choose
 
 # Networks this small only lose by more.
@@ -180,6 +183,37 @@ def test_a_second_evaluation_with_three_recognisers_reads_results_alone(
     assert {name.split()[0] for name in results} == {"crnn", "parseq", "text_focus", "PSNR", "SSIM"}
     for folder in (tmp_path / "cache" / "lemma-fast" / "readings", tmp_path / "other"):
         assert len(list(folder.iterdir())) == 3
+
+
+def test_rapidocr_is_kept_like_others_and_told_with_what_it_may_cost(
+    run, tmp_path, weights, monkeypatch
+):
+    shown = []
+
+    class Fake(RapidOCR):
+        threads = 3
+
+        def __init__(self):
+            pass
+
+        def version(self):
+            return "1"
+
+        def read(self, images):
+            shown.append(len(images))
+            return [Reading("see", 1.0)] * len(images)
+
+    monkeypatch.setattr(evaluate, "load_recognizer", lambda *a, **named: Fake())
+    test = write_set(tmp_path / "test.lmdb", 4)
+    arguments = ("evaluate", test, "--model", weights, "--recognizer", "rapidocr")
+    first, again = (run(*arguments, *more) for more in ((), ("--json",)))
+    assert (first.code, again.code) == (0, 0), first.err
+    # One crop before the work, then three rows, then the results alone.
+    assert shown == [1, 4, 4, 4, 1, 4]
+    ran_as = "RapidOCR(provider='CPUExecutionProvider', threads=3)"
+    assert f"note: rapidocr ({ran_as}): {Fake.caution}" in first.err
+    about = json.loads(again.out)
+    assert (about["rapidocr runs as"], about["rapidocr note"]) == (ran_as, Fake.caution)
 
 
 def test_damaged_readings_are_said(run, tmp_path, weights):

@@ -328,7 +328,8 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(
         monkeypatch.setattr("tempfile.TemporaryFile", full)
     ran = run("evaluate", crops, "--model", weights, "-o", out)
     assert ran.code == 2
-    assert ran.raw.startswith("error: " if kind == "full" else f"error: {out}")
+    assert ran.raw.startswith("error: ")
+    assert str(out) in ran.raw or kind == "full"
     assert ran.raw.count("\n") == 1
 
 

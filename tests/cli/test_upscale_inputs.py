@@ -63,7 +63,7 @@ def test_where_no_input_is_there_no_network_is_loaded(run, tmp_path, monkeypatch
     def refuse(name, device):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("lemma_fast.upscale.load", refuse)
+    monkeypatch.setattr("lemma_fast.upscale.open_network", refuse)
     (tmp_path / "empty").mkdir()
     ran = run(
         "upscale", *(tmp_path / name for name in ("a.png", "z*.png", "empty")), "--jsonl", "-"
@@ -112,7 +112,7 @@ def test_existing_results_are_skipped_unless_asked(run, crop, tmp_path):
     assert "--overwrite" in ran.lines[0]["reason"]
     assert "1 skipped" in ran.err
     assert run("upscale", path, "--overwrite").code == 0
-    assert Image.open(result).size == (128, 32)
+    assert Image.open(result).size == (80, 24)
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["plain", "overwrite"])

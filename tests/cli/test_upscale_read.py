@@ -1,6 +1,7 @@
 """`lemma-fast upscale --read`: what a recogniser sees before and after, and where that is told."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -74,6 +75,25 @@ def test_lines_tell_what_is_read_before_and_after(run, crop, tmp_path, shown):
 def test_without_it_nothing_is_read(run, crop):
     ran = run("upscale", crop("word.png"), "--jsonl", "-")
     assert (ran.lines[0]["before"], ran.lines[0]["after"]) == (None, None)
+
+
+def test_rapidocr_is_told_with_what_it_may_cost(run, crop, monkeypatch):
+    class Fake(recognizers.RapidOCR):
+        threads = 3
+
+        def __init__(self):
+            pass
+
+        def read(self, images):
+            return [Reading("word", 1.0)] * len(images)
+
+    monkeypatch.setattr(recognizers, "load_recognizer", lambda *a, **named: Fake())
+    ran = run("upscale", crop("word.png"), "--read", "rapidocr", "--jsonl", "-", "-v")
+    assert ran.code == 0
+    assert "recogniser RapidOCR(provider='CPUExecutionProvider', threads=3)" in ran.err
+    assert f"note: {Fake.caution}" in ran.err
+    quiet = run("upscale", crop("a.png"), "--read", "rapidocr", "--jsonl", "-", "-q")
+    assert quiet.err == ""
 
 
 def test_the_comparison_and_the_names_tell_it_too(run, crop, tmp_path, shown, monkeypatch):
@@ -170,11 +190,15 @@ def test_a_real_recogniser_reads(run, crop, tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
+        ("rapidocr", r"error: no package 'rapidocr': pip install 'lemma-fast\[ocr\]'"),
         ("aster", "error: aster is a network and needs a checkpoint: .*aster.pth.tar"),
         ("crnn=absent.pth", "error: absent.pth: no such file"),
     ],
 )
-def test_a_recogniser_without_weights_is_one_sentence(run, crop, names, wanted, message):
+def test_a_recogniser_that_lacks_something_is_one_sentence(
+    run, crop, names, monkeypatch, wanted, message
+):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
     ran = run("upscale", crop("word.png"), "--read", wanted, "--jsonl", "-")
     assert ran.code == 2
     assert re.match(message, ran.err)

@@ -35,10 +35,12 @@ def test_json_line_of_a_result(run, crop, tmp_path):
         "error": None,
         "reason": None,
         "input_size": [40, 12],
-        "output_size": [128, 32],
+        "output_size": [80, 24],
         "ms": 0,
         "text": "ab1",
         "length": 4,
+        "sharpness": 0.644,
+        "share": 0.5,
         "before": None,
         "after": None,
         "notes": [],
@@ -85,7 +87,7 @@ def test_many_skipped_files_are_counted_not_listed(run, crop, tmp_path):
         ([], "Missing argument"),
         (["{crop}", "--batch-size", "0"], "batch-size"),
         (["{crop}", "--format", "gif"], "'--format': 'gif' is not one of png, jpg, webp"),
-        (["{crop}", "--size", "x4"], "'--size': 'x4' is not one of native, x2"),
+        (["{crop}", "--size", "x4"], "'--size': 'x4' is not one of x2, native"),
         (["{crop}", "--dtype", "int8"], "'--dtype': 'int8' is not one of auto, float32, bfloat16"),
         (["{crop}", "--device", "gpu"], "not a name"),
         (["{crop}", "--device", "cuda:99"], "not there"),
@@ -112,7 +114,9 @@ def test_bad_usage_exits_with_two(run, crop, tmp_path, names, arguments, reason,
     if "--device" in arguments:
         from lemma_fast.upscale import choose_device
 
-        monkeypatch.setattr("lemma_fast.upscale.load", lambda name, device: choose_device(device))
+        monkeypatch.setattr(
+            "lemma_fast.upscale.open_network", lambda name, device: choose_device(device)
+        )
     path = crop("word.png")
     before = path.read_bytes()
     ran = run("upscale", *(text.format(crop=path, folder=tmp_path) for text in arguments))
@@ -127,7 +131,7 @@ def test_a_checkpoint_that_does_not_load_is_one_sentence(run, crop, monkeypatch)
     def refuse(name, device):
         raise CheckpointError("no weights named 'small': get some")
 
-    monkeypatch.setattr("lemma_fast.upscale.load", refuse)
+    monkeypatch.setattr("lemma_fast.upscale.open_network", refuse)
     ran = run("upscale", crop("word.png"))
     assert ran.code == 2
     assert ran.err == "error: no weights named 'small': get some"
@@ -142,7 +146,7 @@ def test_asking_the_hub_is_said_and_its_retries_are_not(run, crop, tmp_path, mon
         heard.append(hub.get_logger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING))
         raise CheckpointError("refused")
 
-    monkeypatch.setattr("lemma_fast.upscale.load", refuse)
+    monkeypatch.setattr("lemma_fast.upscale.open_network", refuse)
     monkeypatch.chdir(tmp_path)
     before = hub.get_verbosity()
     said = "some/one is not a local file; asking the Hugging Face Hub"
@@ -213,7 +217,7 @@ def test_interruption_leaves_whole_files_only(run, crop, tmp_path, echo, monkeyp
     assert ran.err == "interrupted: results that were written are whole, the same call goes on"
     results = list((tmp_path / "out").iterdir())
     assert len(results) <= 12
-    assert all(path.suffix == ".png" and Image.open(path).size == (128, 32) for path in results)
+    assert all(path.suffix == ".png" and Image.open(path).size == (16, 16) for path in results)
     assert not [t for t in threading.enumerate() if t.name.startswith("lemma-fast")]
     assert run("upscale", tmp_path / "in", "-o", tmp_path / "out").code == 0
     assert len(list((tmp_path / "out").iterdir())) == 40

@@ -43,12 +43,12 @@ Weights<T> weights_of(std::vector<py::array>& arrays) {
   return weights;
 }
 
-void inference(const CudaShape& shape, py::array features, py::array guidance,
+void inference(const CudaShape& shape, bool channels_last, py::array features, py::array guidance,
                std::vector<py::array> weights, py::array out) {
   const Buffer folded(folded_bytes(shape)), workspace(inference_workspace_bytes(shape));
   check(fold_cuda(shape, weights_of<const float>(weights), folded.get(), nullptr));
-  check(inference_cuda(shape, features.data(), guidance.data(), folded.get(), out.mutable_data(),
-                       workspace.get(), nullptr));
+  check(inference_cuda(shape, channels_last, features.data(), guidance.data(), folded.get(),
+                       out.mutable_data(), workspace.get(), nullptr));
 }
 
 std::unique_ptr<Buffer> forward(const CudaShape& shape, bool training, py::array features,

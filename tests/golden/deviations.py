@@ -16,7 +16,7 @@ import test_train
 import torch
 from published_network import filled_state, golden, images, largest_deviation
 
-from lemma_fast.bench.timing import environment
+from lemma_fast.bench.environment import environment
 from lemma_fast.checkpoint import from_published, to_published
 
 EVALUATIONS = ("eval_seed1", "eval_seed2")

@@ -14,15 +14,27 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from unittest import mock
 
 import fake_device
 import torch
 from torch import Tensor
 
+# For FakeTensors: a PyTorch for the CPU has no shape of it.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cudnn_stand_in  # noqa: F401
+
 import lemma_fast
 from lemma_fast import LEMMA, LemmaConfig
-from lemma_fast.ops import adafm, extension, fused
+from lemma_fast.acceleration import epilogues
+from lemma_fast.kernels.add_norm import add_norm
+from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.kernels.bigru import bigru_add
+from lemma_fast.kernels.cloze_attention import cloze_attention
+from lemma_fast.kernels.position_attention import position_attention
+from lemma_fast.kernels.read_characters import read_characters, valid_lengths
+from lemma_fast.ops import Activation, adafm, extension, fused
 from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
 Runs = Iterator[str]
@@ -84,6 +96,14 @@ def bigru(C: int, hidden: int, dtype: torch.dtype) -> None:
     fused.bigru(empty(2, C, 16, 64, dtype=dtype), 3, weights).sum().backward()
 
 
+def bigru_sum(C: int, hidden: int, dtype: torch.dtype) -> None:
+    shapes = ((3 * hidden, C), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,))
+    weights = BiGRUWeights(*(empty(*shape, dtype=dtype) for shape in 2 * shapes))
+    with torch.no_grad():
+        add = empty(2, 2 * hidden, 16, 64, dtype=dtype)
+        bigru_add(empty(2, C, 16, 64, dtype=dtype), add, 2, weights)
+
+
 def sparse_cross_attention(C: int, heads: int, feedforward: int, dtype: torch.dtype) -> None:
     F = feedforward
     shapes = (
@@ -129,6 +149,37 @@ def gather_region(C: int, D: int, rows: int, dtype: torch.dtype) -> None:
     fused.gather_region(features, index, weight, bias, positions).sum().backward()
 
 
+def epilogue(D: int, dtype: torch.dtype, activation: Activation, times: int) -> None:
+    shape = (2, 9, 7, D)
+    y, add = (torch.empty(shape, dtype=dtype, device="cuda").permute(0, 3, 1, 2) for _ in "ya")
+    bias, slope = torch.empty(2, D, dtype=dtype, device="cuda").unbind()
+    slope = slope[:1] if activation == "none" else None
+    bias_act(y, bias, add, activation, slope, times > 1, (9 * times, 7 * times))
+
+
+def norm(C: int, dtype: torch.dtype) -> None:
+    y = torch.empty(2, 3, C, dtype=dtype, device="cuda")
+    weight = torch.empty(C, dtype=dtype, device="cuda")
+    add_norm(y, y[0], weight, weight)
+
+
+def places(P: int, C: int, dtype: torch.dtype) -> None:
+    keys = torch.empty(2, P, C, dtype=dtype, device="cuda")
+    halves = torch.empty(2, 32, C, dtype=dtype, device="cuda")
+    position_attention(keys, torch.empty(C, dtype=dtype, device="cuda"), halves, keys)
+
+
+def characters(T: int, classes: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(2, T, classes, dtype=dtype, device="cuda")
+    read_characters(logits, 2)
+    valid_lengths(logits, 2)
+
+
+def cloze(T: int, width: int, dtype: torch.dtype) -> None:
+    q, k, v = torch.empty(2, T, 6 * width, dtype=dtype, device="cuda").chunk(3, dim=2)
+    cloze_attention(q, k, v, torch.empty(2, dtype=torch.int64, device="cuda"), 2)
+
+
 # C, heads and width of the MLP, with gradients; each takes half a minute to compile. In fp32 the
 # largest needs more shared memory than sm_120 has.
 ATTENTION = {
@@ -138,19 +189,38 @@ ATTENTION = {
 }
 
 
+EPILOGUES: dict[Activation, int] = {"none": 1, "relu": 2, "mish": 1}
+
+
 def corners() -> Runs:
     """Yield the name of each run after its launches."""
     for precision in ("bf16", "fp32", "tf32"):
         dtype = use(precision)
         for C, hidden in ((128, 64), (64, 64), (128, 32))[: 1 if precision == "bf16" else 3]:
             bigru(C, hidden, dtype)
+            bigru_sum(C, hidden, dtype)
             yield f"bigru {precision} C={C} hidden={hidden}"
         if precision in ATTENTION[fake_device.CAPABILITY]:
             C, heads, feedforward = ATTENTION[fake_device.CAPABILITY][precision]
             sparse_cross_attention(C, heads, feedforward, dtype)
             yield f"sparse_cross_attention {precision} C={C} heads={heads} F={feedforward}"
+        for T, width in ((64, 128), (1, 1)):
+            cloze(T, width, dtype)
+            yield f"cloze_attention {precision} T={T} D={width}"
         if precision == "tf32":
             continue
+        for T, classes in ((128, 128), (1, 2)):
+            characters(T, classes, dtype)
+            yield f"read_characters {precision} T={T} classes={classes}"
+        for P, C in ((256, 512), (256, 2000), (1, 1)) if precision == "bf16" else ():
+            places(P, C, dtype)
+            yield f"position_attention {precision} P={P} C={C}"
+        for D, (activation, times) in product((1, 37, 2048), EPILOGUES.items()):
+            epilogue(D, dtype, activation, times)
+            yield f"bias_act {precision} D={D} {activation} x{times}"
+        for C in (1, 33, 4096):
+            norm(C, dtype)
+            yield f"add_norm {precision} C={C}"
         gather_region(256, 256, 1024, dtype)
         yield f"gather_region {precision} C=256 D=256 K=1024"
         compress_select(26, 64, 128, dtype)
@@ -202,6 +272,10 @@ def main() -> None:
     build = extension.build_info()
     extension.build_info = lambda: {**build, "cuda": "any"}
     adafm._folded_bytes = adafm._saved_bytes = lambda *sizes: 1
+    # Nor has it cuDNN, which takes half types.
+    epilogues.cudnn_missing = lambda device, dtype: (
+        None if dtype in epilogues.DTYPES else "it is for half types"
+    )
     done: dict[str, object] = {}
     with fake_device.fake_device() as launches:
         if sys.argv[1] == "refused":

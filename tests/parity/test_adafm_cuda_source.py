@@ -66,11 +66,21 @@ def draw(N: int, C: int, H: int, W: int, kind: str) -> tuple[Tensor, Tensor, Ada
     return features, guidance, draw_weights(C, H, W)
 
 
-def infer(emulator, features: Tensor, guidance: Tensor, weights: AdaFMWeights, kind: str) -> Tensor:
-    out = torch.full_like(features, float("nan"))
+def infer(
+    emulator,
+    features: Tensor,
+    guidance: Tensor,
+    weights: AdaFMWeights,
+    kind: str,
+    channels_last: bool = False,
+) -> Tensor:
     shape = shape_of(emulator, features, kind)
-    emulator.inference(shape, array(features), array(guidance), arrays(weights), array(out))
-    return out
+    if channels_last:
+        features, guidance = (x.permute(0, 2, 3, 1).contiguous() for x in (features, guidance))
+    out = torch.full_like(features, float("nan"))
+    maps = array(features), array(guidance)
+    emulator.inference(shape, channels_last, *maps, arrays(weights), array(out))
+    return out.permute(0, 3, 1, 2) if channels_last else out
 
 
 def run(
@@ -111,9 +121,19 @@ def run(
 # block's, and 20 channels fewer than the tile has.
 @pytest.mark.parametrize("size", [(2, 64, 3, 5), (1, 20, 4, 72)], ids=str)
 @pytest.mark.parametrize("kind", TOLERANCE)
-def test_inference(ordered, size, kind):
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+def test_inference(ordered, size, kind, last):
     features, guidance, weights = draw(*size, kind)
-    out = infer(ordered, features, guidance, weights, kind)
+    out = infer(ordered, features, guidance, weights, kind, last)
+    expected = reference.adafm(features.double(), guidance.double(), widened(weights), False)
+    assert relative(out, expected) <= TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_inference_of_an_odd_number_of_channels_last(emulator, kind):
+    """They cannot be moved in pairs."""
+    features, guidance, weights = draw(2, 7, 3, 5, kind)
+    out = infer(emulator, features, guidance, weights, kind, True)
     expected = reference.adafm(features.double(), guidance.double(), widened(weights), False)
     assert relative(out, expected) <= TOLERANCE[kind]
 

@@ -214,3 +214,30 @@ def test_compiles_without_a_break():
         out = call(features, 2, weights)
         results.append((out, *torch.autograd.grad(out.sum(), (features, *weights))))
     torch.testing.assert_close(*results, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("axis", [2, 3])
+def test_a_sum_at_the_store(dtype, axis):
+    """Of another layout than the features; it changes no state."""
+    from lemma_fast.kernels.bigru import bigru_add
+
+    features = torch.randn(1, 20, 3, 5, device=DEVICE, dtype=dtype)
+    features = features.to(memory_format=torch.channels_last)
+    weights = parameters(20, 17, dtype)
+    add = torch.randn(1, 34, 3, 5, device=DEVICE, dtype=dtype)
+    with torch.no_grad():
+        out = bigru_add(features, add, axis, weights)
+        expected = add.float() + reference.bigru(features.float(), axis, widened(weights))
+        assert out.dtype == dtype
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert relative(out, expected) <= TOLERANCE[dtype]
+        for wrong in (add[:, :33], add.double()):
+            with pytest.raises(ValueError, match="add is"):
+                bigru_add(features, wrong, axis, weights)
+        arguments = (features, add, axis, list(weights))
+        torch.library.opcheck(torch.ops.lemma_fast.bigru_add, arguments)
+
+
+def widened(weights: BiGRUWeights) -> BiGRUWeights:
+    return BiGRUWeights(*(weight.float() for weight in weights))

@@ -17,6 +17,12 @@ from shadow_memory import watch
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
+from lemma_fast.kernels.add_norm import add_norm
+from lemma_fast.kernels.bias_act import bias_act
+from lemma_fast.kernels.bigru import bigru_add
+from lemma_fast.kernels.cloze_attention import cloze_attention
+from lemma_fast.kernels.position_attention import position_attention, split
+from lemma_fast.kernels.read_characters import read_characters, valid_lengths
 from lemma_fast.ops import fused
 from lemma_fast.ops.weights import BiGRUWeights, CrossAttentionWeights
 
@@ -32,6 +38,12 @@ def step_bigru(axis: int, layout: torch.memory_format) -> None:
     weights = BiGRUWeights(*torch.nn.GRU(5, 3, bidirectional=True).parameters())
     features = torch.randn(1, 5, 10, 19).to(memory_format=layout).requires_grad_()
     backward(fused.bigru(features, axis, weights))
+
+
+def step_bigru_add() -> None:
+    weights = BiGRUWeights(*torch.nn.GRU(5, 3, bidirectional=True).parameters())
+    features, add = torch.randn(1, 5, 4, 19), torch.randn(1, 6, 4, 19)
+    bigru_add(features.to(memory_format=torch.channels_last), add, 2, weights)
 
 
 def step_compress_select() -> None:
@@ -80,6 +92,36 @@ def step_sparse_cross_attention() -> None:
     backward(fused.sparse_cross_attention(text, selected, index, (5, 7), *layers, 2, dropout=0.3))
 
 
+def step_bias_act(size: tuple[int, int]) -> None:
+    """More numbers than a program has, and a part of another program's."""
+    y, add = torch.randn(2, 2, 37, 5, 6).unbind()
+    y, add = (x.contiguous(memory_format=torch.channels_last) for x in (y, add))
+    bias_act(y, torch.randn(37), add, slope=torch.rand(1), size=size)
+
+
+def step_add_norm() -> None:
+    """Rows that fill no block, on fewer rows of the residual."""
+    rows = torch.randn(2, 35, 40)
+    add_norm(rows, rows[0].clone(), torch.randn(40), torch.randn(40))
+
+
+def step_position_attention() -> None:
+    """Two programs an image: the vectors have more columns than one takes."""
+    keys, values = torch.randn(2, 2, 19, 144).half().unbind()
+    position_attention(keys, keys[0, 0].clone(), split(torch.randn(5, 144), torch.float16), values)
+
+
+def step_read_characters() -> None:
+    logits = torch.randn(3, 5, 7)
+    read_characters(logits, 2)
+    valid_lengths(logits, 2)
+
+
+def step_cloze_attention() -> None:
+    q, k, v = torch.randn(2, 5, 60).chunk(3, dim=2)
+    cloze_attention(q, k, v, torch.tensor([3, 5]), 4)
+
+
 BIGRU = {
     "_forward": {"out"},
     "_backward": {"gates"},
@@ -104,9 +146,12 @@ SELECT = {
     "_select": {"index"},
     "_score_backward": {"out"},
 }
+PLACES = {"_position_attention": {"vectors", "attention"}}
+READ = {"_read_characters": {"lengths", "rows", "wide"}}
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 STEPS = [
     *((f"bigru {axis}", step_bigru, (axis, LAYOUTS[axis - 2]), BIGRU) for axis in (2, 3)),
+    ("bigru_add", step_bigru_add, (), {"_forward": {"out"}}),
     ("compress_select", step_compress_select, (), SELECT),
     ("gather_region", step_gather_region, (), GATHER),
     ("gather_region shares", step_gather_region_shares, (), GATHER),
@@ -115,6 +160,14 @@ STEPS = [
         for layout in LAYOUTS
     ),
     ("sparse_cross_attention", step_sparse_cross_attention, (), ATTENTION),
+    *(
+        (f"bias_act {size}", step_bias_act, (size,), {"_bias_act": {"out"}})
+        for size in ((5, 6), (10, 18))
+    ),
+    ("add_norm", step_add_norm, (), {"_add_norm": {"out"}}),
+    ("position_attention", step_position_attention, (), PLACES),
+    ("read_characters", step_read_characters, (), READ),
+    ("cloze_attention", step_cloze_attention, (), {"_cloze_attention": {"out"}}),
 ]
 
 

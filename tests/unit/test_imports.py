@@ -19,6 +19,8 @@ HEAVY = (
     "pytorch_lightning",
     "lmdb",
     "cv2",
+    "onnxruntime",
+    "rapidocr",
     "matplotlib",
     "typer",
     "rich",
@@ -32,11 +34,16 @@ def test_import_lemma_fast_is_light():
         "before = set(sys.modules)\n"
         "import lemma_fast\n"
         "lemma_fast.load, lemma_fast.LEMMA\n"
-        "print(json.dumps(sorted(set(sys.modules) - before)))"
+        "light = set(sys.modules) - before\n"
+        "lemma_fast.Reader, lemma_fast.Page\n"
+        "print(json.dumps([sorted(light), sorted(set(sys.modules) - before)]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    loaded = json.loads(run.stdout)
+    loaded, reading = json.loads(run.stdout)
     assert "lemma_fast.model" in loaded
     heavy = [name for name in loaded for part in HEAVY if f"{name}.".startswith(f"{part}.")]
     assert not heavy
+    # The reader needs more of our own, and none of the extras until it is made.
+    assert "lemma_fast.reading.reader" in reading
+    assert not {"cv2", "onnxruntime", "rapidocr", "typer"} & set(reading)

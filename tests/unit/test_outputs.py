@@ -6,8 +6,8 @@ import stat
 import pytest
 from safetensors.torch import save_file
 
-from lemma_fast.atomic import make_folder, replace_file, replacing
-from lemma_fast.outputs import OutputError, check_folder, check_output, is_stream
+from lemma_fast.atomic import replace_file, replacing
+from lemma_fast.outputs import OutputError, check_folder, check_output, is_stream, make_folder
 
 
 @pytest.fixture

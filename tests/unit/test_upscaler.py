@@ -209,7 +209,8 @@ def test_auto_device_of_a_model_is_where_it_is(echo):
 def test_model_by_name_goes_through_load(echo, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
-        "lemma_fast.upscale.load", lambda name, device: asked.append((name, str(device))) or echo
+        "lemma_fast.upscale.open_network",
+        lambda name, device: asked.append((name, str(device))) or echo,
     )
     Upscaler(tmp_path / "own.safetensors", device="cpu")
     Upscaler(device="cpu")

@@ -21,18 +21,21 @@ from lemma_fast.training.data.labels import (
     encode_prior_labels,
 )
 from lemma_fast.training.data.pairs import Crop, PairDataset, TextZoomDataset, hold_out
+from lemma_fast.training.data.strokes import encode_stroke_labels
+from lemma_fast.training.data.verdicts import Verdicts
 from lemma_fast.training.settings.schema import DataSettings
 from lemma_fast.training.settings.values import SettingsError
 
-#: Names of the encodings of labels: `Batch.focus`, `Batch.prior_ids`, `Batch.ctc`.
-Encoding = Literal["focus", "prior", "ctc"]
+#: Names of the encodings of labels: `Batch.focus`, `.prior_ids`, `.ctc` and `.strokes`.
+Encoding = Literal["focus", "prior", "ctc", "strokes"]
 
 
 class Batch(NamedTuple):
     """Crops as stored, uint8 lr [N, 3, 16, 64] and hr [N, 3, 32, 128], and their labels.
 
     `with_mask` makes network inputs of them, on the device. Encodings of the labels are for the
-    text-focus Transformer, for the prior (N, T), and for CTC; None where no one asked for them.
+    text-focus Transformer, for the prior (N, T), for CTC, and for the recogniser of strokes; None
+    where no one asked for them.
     """
 
     lr: Tensor
@@ -41,6 +44,7 @@ class Batch(NamedTuple):
     focus: FocusLabels | None = None
     prior_ids: Tensor | None = None
     ctc: CTCLabels | None = None
+    strokes: FocusLabels | None = None
 
 
 def mix(*numbers: int) -> int:
@@ -111,7 +115,7 @@ class EncodedCrops(Dataset[Batch]):
             crops = crops.dataset  # type: ignore[assignment]
         assert isinstance(crops, PairDataset)
         lr, hr, labels, _ = crops.raw(positions)
-        focus = prior_ids = ctc = None
+        focus = prior_ids = ctc = strokes = None
         if "focus" in self.encodings:
             longest = max(len(filter_label(label)) for label in labels)
             # one shape for nearly all batches
@@ -120,40 +124,46 @@ class EncodedCrops(Dataset[Batch]):
             prior_ids = encode_prior_labels(labels, self.length, filtered=self.filtered)
         if "ctc" in self.encodings:
             ctc = encode_ctc_labels(labels)
-        return Batch(lr, hr, labels, focus, prior_ids, ctc)
+        if "strokes" in self.encodings:
+            strokes = encode_stroke_labels(labels)
+        return Batch(lr, hr, labels, focus, prior_ids, ctc, strokes)
 
 
-def open_sets(roots: Sequence[str], data: DataSettings) -> PairDataset:
+def open_sets(
+    roots: Sequence[str], data: DataSettings, verdicts: Verdicts | None = None
+) -> PairDataset:
     """The sets at `roots`, joined; raises SettingsError where they cannot be.
 
     Every record is decoded once, so that one that is damaged is left out now and ends no run later.
+    What `verdicts` knows already is not decoded for that again.
     """
     try:
-        if len(roots) == 1:
-            found = open_pairs(roots[0])
-            if data.cache == "ram":
-                found.load()
-            else:
-                found.check()
-            return found
-        return TextZoomDataset(*roots, check="decode", cache=data.cache)
+        found = open_pairs(roots[0]) if len(roots) == 1 else TextZoomDataset(*roots)
+        if data.cache == "ram":
+            found.load()
+        elif verdicts is None:
+            found.check()
+        else:
+            verdicts.check(found)
     except (OSError, ValueError) as error:
         raise SettingsError(str(error)) from error
+    return found
 
 
 def split(
-    data: DataSettings,
+    data: DataSettings, verdicts: Verdicts | None = None
 ) -> tuple[PairDataset | Subset[Crop], PairDataset | Subset[Crop], list[str]]:
     """What to train on, what to choose the best weights on, and the records left out."""
-    train = open_sets(data.train, data)
-    left_out = [f"{record.id}: {record.reason}" for record in train.skipped]
+    train = open_sets(data.train, data, verdicts)
+    left_out = [*map(str, train.skipped)]
     kept: PairDataset | Subset[Crop] = train
     chosen: PairDataset | Subset[Crop]
     if data.selection == "held_out":
         kept, chosen = hold_out(train, data.held_out_share, data.held_out_seed)
     else:
-        chosen = open_sets(data.validation if data.selection == "validation" else data.test, data)
-        left_out += [f"{record.id}: {record.reason}" for record in chosen.skipped]
+        roots = data.validation if data.selection == "validation" else data.test
+        chosen = open_sets(roots, data, verdicts)
+        left_out += map(str, chosen.skipped)
     if data.validation_crops is not None and data.validation_crops < len(chosen):
         # spread over the set, whose records may be sorted by difficulty
         places = np.linspace(0, len(chosen) - 1, data.validation_crops).astype(int).tolist()
@@ -169,8 +179,22 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
-def loader(crops: EncodedCrops, batches: Sampler[list[int]], workers: int) -> DataLoader[Batch]:
-    """Batches of `crops` in the given order; takes no number from the global generators."""
+def loaded(crops: EncodedCrops, batches: Sampler[list[int]], workers: int) -> Iterator[Batch]:
+    """Batches of `crops` in the given order; takes no number from the global generators.
+
+    However this ends, no loading process is left.
+    """
+    found = iter(_loader(crops, batches, workers))
+    try:
+        yield from found
+    finally:
+        # What holds an error holds the iterator too; at the end of the program the processes would
+        # be waited for, and these ignore the signal that is to end them.
+        if workers:
+            found._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _loader(crops: EncodedCrops, batches: Sampler[list[int]], workers: int) -> DataLoader[Batch]:
     return DataLoader(
         crops,
         batch_sampler=batches,

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from lemma_fast.compare import sheet
 from lemma_fast.training.data.lmdb import RecordError, Records, is_lmdb
 from lemma_fast.training.data.pairs import (
     HR_SIZE,
@@ -18,8 +19,6 @@ from lemma_fast.training.data.pairs import (
     Skipped,
     TextZoomDataset,
 )
-
-_TILE = (2 * HR_SIZE[1] + 12, HR_SIZE[0] + 22)
 
 
 @dataclass(frozen=True)
@@ -117,22 +116,17 @@ def contact_sheet(
     if len(dataset) == 0:
         raise ValueError(f"{path} has no crop to show")
     places = np.unique(np.linspace(0, len(dataset) - 1, min(crops, len(dataset))).astype(int))
-    rows = -(-len(places) // columns)
-    sheet = Image.new("RGB", (columns * _TILE[0], rows * _TILE[1]), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(11)
-    for number, place in enumerate(places):
-        left, top = (number % columns) * _TILE[0] + 4, (number // columns) * _TILE[1] + 4
+    panels: list[tuple[Image.Image | None, str]] = []
+    for place in places:
         try:
             pair = dataset.pair(int(place))
         except RecordError:
             name = ascii(dataset.record_id(int(place)))
-            draw.text((left, top), f"damaged: {name}", (200, 0, 0), font)
+            panels += [(None, f"damaged: {name}"), (None, "")]
             continue
-        sheet.paste(_doubled(pair.lr), (left, top))
-        sheet.paste(Image.fromarray(pair.hr), (left + HR_SIZE[1] + 4, top))
-        draw.text((left, top + HR_SIZE[0] + 1), pair.label, (0, 0, 0), font)
-    return sheet
+        panels += [(_doubled(pair.lr), pair.label), (Image.fromarray(pair.hr), "")]
+    row = 2 * columns
+    return sheet([panels[first : first + row] for first in range(0, len(panels), row)])
 
 
 def _doubled(lr: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Image.Image:

@@ -44,9 +44,16 @@ def encode_focus_labels(labels: Sequence[str], pad_to: int | None = None) -> Foc
     batch and changes no loss. Raise ValueError where a label does not fit `pad_to`.
     """
     rows = [FOCUS.encode(filter_label(label)) for label in labels]
+    return teacher_forced(rows, labels, pad_to)
+
+
+def teacher_forced(
+    rows: Sequence[Sequence[int]], labels: Sequence[str], pad_to: int | None = None
+) -> FocusLabels:
+    """Class ids of texts, without their ends, as inputs and targets; `labels` are for the error."""
     longest = max((len(row) for row in rows), default=0) + 1
     if pad_to is not None and longest > pad_to:
-        name = max(labels, key=lambda label: len(filter_label(label)))
+        name = labels[[len(row) for row in rows].index(longest - 1)]
         raise ValueError(f"{name!r} and its end need {longest} positions, pad_to is {pad_to}")
     shape = (len(rows), pad_to or longest)
     inputs = torch.zeros(shape, dtype=torch.int64)

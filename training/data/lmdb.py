@@ -167,7 +167,10 @@ class PairWriter:
             with self._writing():
                 # The map is address space, not disk: the file grows with what is put into it.
                 # No other process sees the file, so LMDB need not lock it.
-                opened = lmdb.open(os.fsencode(folder), map_size=_TERABYTE, sync=False, lock=False)
+                # The mode is the umask's affair.
+                opened = lmdb.open(
+                    os.fsencode(folder), map_size=_TERABYTE, sync=False, lock=False, mode=0o777
+                )
             self._environment = stack.enter_context(closing(opened))
             self._stack = stack.pop_all()
         return self

@@ -59,6 +59,9 @@ class Skipped:
     id: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.id}: {self.reason}"
+
 
 def with_mask(image: Tensor) -> Tensor:
     """RGB uint8 [..., 3, H, W] to float32 [..., 4, H, W] in [0, 1], on the same device.
@@ -146,6 +149,12 @@ class PairDataset(Dataset[Crop]):
         self._load(keep_images=False)
         return self.skipped
 
+    def leave_out(self, damaged: Sequence[Skipped]) -> None:
+        """Leave out records that are known to be damaged."""
+        names = {record.id for record in damaged}
+        self._keep([i for i in range(len(self)) if self.record_id(i) not in names])
+        self.skipped += damaged
+
     def load(self) -> PairDataset:
         """Keep the whole set in memory as uint8, 7.7 KB a crop; what fails is left out."""
         if self._memory is None:
@@ -154,9 +163,7 @@ class PairDataset(Dataset[Crop]):
 
     def _prepare(self, check: Check, cache: Cache) -> None:
         if cache not in ("none", "ram") or check not in ("keys", "decode"):
-            raise ValueError(
-                f"cache is none or ram, check keys or decode; not {cache!r}, {check!r}"
-            )
+            raise ValueError(f"cache {cache!r} or check {check!r}: none or ram, keys or decode")
         if cache == "ram":
             self.load()
         elif check == "decode":
@@ -396,5 +403,5 @@ def _planes(image: Bytes) -> Tensor:
     return torch.from_numpy(np.array(image.transpose(2, 0, 1)))
 
 
-def _stacked(images: list[Bytes]) -> Tensor:
+def _stacked(images: Sequence[Bytes]) -> Tensor:
     return torch.stack([_planes(image) for image in images])

@@ -11,12 +11,17 @@ from pathlib import Path
 
 from lemma_fast.training.data.pages import SetError
 
+_NAMES = ("labels.csv", "labels.jsonl")
 _COLUMNS = (("hr", "file"), ("label",))
 
 
 def find_table(folder: Path) -> Path:
     """The folder's `labels.csv` or `labels.jsonl`."""
-    found = [path for path in (folder / "labels.csv", folder / "labels.jsonl") if path.is_file()]
+    found = [folder / name for name in _NAMES if (folder / name).is_file()]
+    if not found and folder.is_dir():
+        # Where case counts, names in capitals are still looked for.
+        named = (path for path in folder.iterdir() if path.name.lower() in _NAMES)
+        found = [path for path in named if path.is_file()]
     if len(found) != 1:
         raise FileNotFoundError(f"{folder} needs one of labels.csv and labels.jsonl")
     return found[0]
@@ -87,12 +92,23 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise SetError(f"{path}:1: the header has a column twice")
 
 
+def _refuse(number: str) -> None:
+    raise ValueError(f"{number} is no number of JSON")
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return row
+
+
 def _json(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     for number, line in enumerate(io.StringIO(text), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refuse, object_pairs_hook=_once)
         except (ValueError, RecursionError) as wrong:
             raise SetError(f"{path}:{number} is not JSON: {wrong}") from wrong
         if not isinstance(row, dict):

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lemma_fast.baselines import Baseline
+from lemma_fast.devices import device_of
 from lemma_fast.model import LEMMA
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import Prior, TextPrior
 from lemma_fast.recognizers import Reading, Recognizer, list_recognizers, load_recognizer
-from lemma_fast.training.data.pairs import HR_SIZE, PairDataset, with_mask
+from lemma_fast.training.data.pairs import HR_SIZE, PairDataset, Skipped, with_mask
 from lemma_fast.training.evaluation.metrics import (
     FloatArray,
     official_psnr,
@@ -31,7 +32,8 @@ from lemma_fast.training.evaluation.metrics import (
     ssim,
 )
 from lemma_fast.training.evaluation.readings import Readings, crop_keys
-from lemma_fast.training.networks import device_of, super_resolve
+from lemma_fast.training.failures import is_lack_of_memory
+from lemma_fast.training.networks import super_resolve
 
 Protocol = Literal["corrected", "official"]
 #: What is compared, in the order of every table.
@@ -132,6 +134,8 @@ class Subset:
     skipped: int = 0
     gain: FloatArray = field(default_factory=lambda: np.empty(0))
     """PSNR of SR less that of bicubic, a crop; chooses what the contact sheet shows."""
+    left_out: list[Skipped] = field(default_factory=list)
+    """The records that are not in the set, and why; `skipped` is how many."""
 
 
 class Views(NamedTuple):
@@ -179,7 +183,7 @@ def measure(
     device = device_of(model)
     count = len(crops) if limit is None else min(limit, len(crops))
     rows = {row: Row(texts={reader: [] for reader in readers}) for row in ROWS}
-    subset = Subset(name, [], rows, len(crops.skipped))
+    subset = Subset(name, [], rows, len(crops.skipped), left_out=list(crops.skipped))
     gains: list[FloatArray] = []
     known = known or {}
     with _evaluating(model), _saving(known):
@@ -228,6 +232,8 @@ def _naming(reader: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        if is_lack_of_memory(error):
+            raise
         raise ValueError(f"recogniser {reader}: {' '.join(str(error).split())}") from error
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lemma_fast import __version__, checkpoint
 from lemma_fast.atomic import replacing
-from lemma_fast.recognizers import Recognizer, Tesseract
+from lemma_fast.errors import reason
+from lemma_fast.recognizers import RapidOCR, Recognizer, Tesseract
 
 FORMAT = "lemma-fast readings 1"
 _Texts = dict[str, dict[str, str]]
@@ -45,12 +46,12 @@ def fingerprint(reader: Recognizer) -> str | None:
     """Name all that a reading depends on beside the pixels; None for a reader that has no name.
 
     For a network these are its settings, its weights, and the kind of device it is on; for
-    Tesseract the program's version and its language file.
+    Tesseract the program's version and its language file, for RapidOCR its packages and its model.
     """
     facts: dict[str, object] = {"lemma-fast": __version__}
-    if isinstance(reader, Tesseract):
+    if isinstance(reader, Tesseract | RapidOCR):
         known = reader.version()
-        return None if known is None else _digest({**facts, "tesseract": known})
+        return None if known is None else _digest({**facts, reader.name: known})
     network = reader if isinstance(reader, nn.Module) else getattr(reader, "prior", None)
     if not isinstance(network, nn.Module):
         return None
@@ -119,7 +120,7 @@ class Readings:
             with replacing(self.path) as partial:
                 partial.write_text(json.dumps(content), encoding="utf-8")
         except OSError as error:
-            self.say(f"readings are not kept: {error}")
+            self.say(f"readings are not kept: {self.path.parent}: {reason(error)}")
             return
         self.changed = False
 

@@ -1,38 +1,28 @@
-"""What `lemma-fast evaluate` writes: a table, JSON, Markdown, a contact sheet, a plot."""
+"""What `lemma-fast evaluate` shows and writes: tables, JSON, Markdown, a plot."""
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import math
-import tempfile
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, PngImagePlugin
 from rich.table import Table
-from torch import Tensor
 
-from lemma_fast.atomic import replace_file
-from lemma_fast.baselines import Baseline
-from lemma_fast.compare import overlay
-from lemma_fast.model import LEMMA
-from lemma_fast.model.prior import Prior
-from lemma_fast.recognizers import Recognizer
-from lemma_fast.training.data.pairs import HR_SIZE, PairDataset
-from lemma_fast.training.evaluation.evaluate import ROWS, Subset, views
+from lemma_fast.atomic import replace_file, replacing
+from lemma_fast.outputs import check_folder, check_output, make_folder
+from lemma_fast.training.evaluation.evaluate import ROWS
 from lemma_fast.training.evaluation.summary import AVERAGE, Summary, Value
-from lemma_fast.training.networks import device_of
+from lemma_fast.training.evaluation.tables import one_line, readable
 
 _FILES = ("evaluation.json", "evaluation.md", "crops.png", "lengths.png")
-_FACTOR = 2
-_PANEL = (_FACTOR * HR_SIZE[1], _FACTOR * HR_SIZE[0])
-_GAP, _LINE, _HEAD = 8, 13, 150
+_TITLE, _MAKER = "# Evaluation", "lemma-fast evaluate"
+# How many records a table's foot names.
+_NAMED = 5
 
 
 def note(summary: Summary) -> str:
@@ -44,9 +34,19 @@ def note(summary: Summary) -> str:
         )
     else:
         how = "Images clamped and judged one by one, 95 % intervals by bootstrap over crops"
-    skipped = sum(summary.skipped.values())
-    damaged = f"; {skipped} damaged records left out" if skipped else ""
-    return f"{how}; average weighted by {summary.weighting}{damaged}."
+    return f"{how}; average weighted by {summary.weighting}{_left_out(summary)}."
+
+
+def _left_out(summary: Summary) -> str:
+    """How many records are not in the numbers, and the names of the first ones."""
+    count = sum(summary.skipped.values())
+    if not count:
+        return ""
+    # Without the folders, because a table is narrow.
+    names = [one_line(Path(r.id).name) for found in summary.left_out.values() for r in found]
+    shown = names[:_NAMED] + ([f"and {count - _NAMED} more"] if count > _NAMED else [])
+    noun = "record" if count == 1 else "records"
+    return f"; {count} damaged {noun} left out" + (f" ({', '.join(shown)})" if names else "")
 
 
 def cell(column: str, value: Value | None, interval: bool = True, signed: bool = False) -> str:
@@ -86,16 +86,32 @@ def lines(
 
 
 def forms(summary: Summary) -> list[list[Table]]:
-    """The table for `print_tables`: as one, in blocks by recogniser, and without intervals."""
+    """The table for `print_tables`: as one, by recogniser, without intervals, as a list."""
     by_reader: dict[str, list[str]] = {}
     for column in summary.columns:
         by_reader.setdefault(column.rpartition(" ")[0], []).append(column)
     blocks = list(by_reader.values())
-    return [
+    tables = [
         [_table(summary, columns, intervals, last=columns is split[-1]) for columns in split]
         for intervals in (True, False)
         for split in ([summary.columns], blocks)
     ]
+    return [*tables, [_list(summary)]]
+
+
+def _list(summary: Summary) -> Table:
+    """Every number with its interval on a line of its own, for the narrowest terminals."""
+    found = Table(show_header=False, box=None, padding=0, caption=note(summary))
+    found.caption_justify = "left"
+    for name, row, *cells in lines(summary):
+        if name:
+            found.add_row(name)
+        found.add_row(f"  {row}")
+        for column, text in zip(summary.columns, cells, strict=True):
+            if text != "-":
+                found.add_row(f"    {heading(column)}:")
+                found.add_row(f"      {text}")
+    return found
 
 
 def _table(summary: Summary, columns: Sequence[str], intervals: bool, last: bool) -> Table:
@@ -115,13 +131,17 @@ def _table(summary: Summary, columns: Sequence[str], intervals: bool, last: bool
 def markdown(summary: Summary, about: Mapping[str, Any]) -> str:
     """The table and what was measured."""
     titles = ["set (crops)", "row", *map(heading, summary.columns)]
-    text = ["# Evaluation", ""]
+    text = [_TITLE, ""]
     text += [f"- {name}: {value}" for name, value in about.items()]
     text += ["", note(summary), ""]
     text += [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
     # Names may hold the sign that ends a cell.
     rows = [[text.replace("|", "\\|") for text in line] for line in lines(summary)]
     text += [f"| {' | '.join(row)} |" for row in rows]
+    for name, records in summary.left_out.items():
+        if records:
+            text += ["", f"Left out of {name}:", ""]
+            text += [f"- {one_line(str(record))}" for record in records]
     return "\n".join(text) + "\n"
 
 
@@ -143,6 +163,10 @@ def as_json(summary: Summary, about: Mapping[str, Any]) -> str:
         "weighting": summary.weighting,
         "crops": summary.crops,
         "skipped": summary.skipped,
+        "left_out": {
+            name: [{"id": readable(r.id), "reason": readable(r.reason)} for r in records]
+            for name, records in summary.left_out.items()
+        },
         "results": {
             name: {row: rows(found) for row, found in table.items()}
             for name, table in summary.table.items()
@@ -181,110 +205,52 @@ def plot_lengths(summary: Summary, path: Path) -> None:
             panel.plot(list(counts), shares, marker="o", markersize=3, label=row)
         panel.set(title=reader, xlabel="characters", ylabel="word accuracy (%)", ylim=(0, 102))
         panel.legend(loc="upper right")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": _MAKER})
 
 
-def notable(subsets: Sequence[Subset], count: int = 4) -> dict[str, list[tuple[int, int]]]:
-    """The crops that gained most, least and the median in PSNR, as (subset, crop).
+def prepare(
+    folder: Path, *, plot: bool, overwrite: bool = False, inputs: Iterable[str | Path] = ()
+) -> None:
+    """Judge before the work whether `write` can write; raises OutputError or ImportError.
 
-    Each group has `count`, fewer where that would show a crop twice.
+    A file that is there is replaced with `overwrite` alone, or where `write` made it.
     """
-    places = [(s, i) for s, subset in enumerate(subsets) for i in range(len(subset.gain))]
-    gains = np.concatenate([subset.gain for subset in subsets])
-    order = [places[i] for i in np.argsort(-gains, kind="stable")]
-    count = max(1, min(count, len(order) // 3))
-    middle = (len(order) - count) // 2
-    return {
-        "best": order[:count],
-        "median": order[middle : middle + count],
-        "worst": order[-count:],
-    }
-
-
-def contact_sheet(
-    model: LEMMA | Baseline,
-    subsets: Sequence[Subset],
-    sets: Sequence[PairDataset],
-    readers: Mapping[str, Recognizer],
-    count: int = 4,
-) -> Image.Image:
-    """Input, bicubic, SR, HR and attention of notable crops, with the strings that were read.
-
-    A baseline has no attention to show.
-    """
-    groups = notable(subsets, count)
-    chosen = [(group, *place) for group, places in groups.items() for place in places]
-    height = _PANEL[1] + _LINE * max(1, len(readers)) + _GAP
-    titles = ("input", *ROWS, *(() if isinstance(model, Baseline) else ("attention",)))
-    width = _HEAD + (_PANEL[0] + _GAP) * len(titles)
-    sheet = Image.new("RGB", (width, 2 * _LINE + _GAP + height * len(chosen)), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(11)
-    for column, title in enumerate(titles):
-        draw.text((_HEAD + column * (_PANEL[0] + _GAP), _LINE // 2), title, (0, 0, 0), font)
-    for number, (group, s, i) in enumerate(chosen):
-        subset, top = subsets[s], 2 * _LINE + number * height
-        about = (group, subset.name, repr(subset.labels[i]), f"{subset.gain[i]:+.2f} dB")
-        draw.multiline_text((_GAP, top), "\n".join(about), (0, 0, 0), font)
-        for column, image in enumerate(_panels(model, sets[s], i)):
-            left = _HEAD + column * (_PANEL[0] + _GAP)
-            sheet.paste(image, (left, top))
-            row = titles[column]
-            for line, reader in enumerate(readers if row in ROWS else ()):
-                words = f"{reader}: {subset.rows[row].texts[reader][i]}"
-                draw.text((left, top + _PANEL[1] + _LINE * line), words, (60, 60, 60), font)
-    return sheet
-
-
-def attention(prior: Prior) -> npt.NDArray[np.float32]:
-    """Where the first crop's characters are [H, W]: the largest of its maps, none negative."""
-    live = prior.attn_map[0, : int(prior.pt_lengths[0])]
-    shown: npt.NDArray[np.float32] = live.amax(0).clamp(min=0).float().cpu().numpy()
-    return shown
-
-
-def _panels(model: LEMMA | Baseline, crops: PairDataset, index: int) -> list[Image.Image]:
-    lr, hr, _, _ = crops.raw([index])
-    device = device_of(model)
-    seen = views(model, lr.to(device), hr.to(device))
-    small = _picture(lr[0].float() / 255)
-    shown = [small, *(_picture(seen.images[row][0]) for row in ROWS)]
-    nearest = Image.Resampling.NEAREST
-    panels = [image.resize(_PANEL, nearest) for image in shown]
-    if seen.prior is None:
-        return panels
-    return [*panels, overlay(small.resize(_PANEL, nearest), attention(seen.prior))]
-
-
-def _picture(image: Tensor) -> Image.Image:
-    pixels = image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels)
-
-
-def prepare(folder: Path, plot: bool) -> None:
-    """Make a folder for `write` and try it before the work; raises OSError or ImportError."""
     if plot:
         importlib.import_module("matplotlib")
-    if folder.is_file():
-        raise NotADirectoryError(errno.ENOTDIR, "is a file, and not a folder", str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder / name for name in _FILES):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder, and not a file", str(path))
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    check_folder(folder, "-o")
+    inputs = list(inputs)
+    for name in _FILES if os.path.isdir(folder) else ():
+        check_output(folder / name, "-o", overwrite=overwrite, inputs=inputs, made_here=_made_here)
+
+
+def _made_here(path: Path) -> bool:
+    """Whether an earlier `write` made the file."""
+    content = path.read_bytes()
+    if path.suffix == ".md":
+        return content.startswith(_TITLE.encode())
+    if path.suffix == ".png":
+        return content.startswith(b"\x89PNG") and f"Software\0{_MAKER}".encode() in content[:1024]
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"protocol", "results", "gain_over_bicubic"} <= found.keys()
 
 
 def write(
     folder: Path, summary: Summary, about: Mapping[str, Any], sheet: Image.Image
 ) -> list[Path]:
-    """Write `evaluation.json`, `.md`, `crops.png` and `lengths.png` into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `evaluation.json`, `.md`, `crops.png` and `lengths.png`, each whole, into a folder."""
+    make_folder(folder)
     paths = [folder / name for name in _FILES]
     replace_file(paths[0], as_json(summary, about))
     replace_file(paths[1], markdown(summary, about))
-    sheet.save(paths[2])
+    marked = PngImagePlugin.PngInfo()
+    marked.add_text("Software", _MAKER)
+    with replacing(paths[2]) as partial:
+        sheet.save(partial, "PNG", pnginfo=marked)
     if not summary.lengths:
         return paths[:3]
-    plot_lengths(summary, paths[3])
+    with replacing(paths[3]) as partial:
+        plot_lengths(summary, partial)
     return paths

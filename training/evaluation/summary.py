@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lemma_fast.recognizers.charset import filter_label
+from lemma_fast.training.data.pairs import Skipped
 from lemma_fast.training.evaluation.evaluate import ROWS, Protocol, Subset
 from lemma_fast.training.evaluation.metrics import (
     TEXTZOOM_COUNTS,
@@ -44,7 +45,7 @@ class Summary:
     """All numbers: `table[subset][row][column]`, with the average over subsets as one more.
 
     `gain` is SR less bicubic on the same crops. `lengths[reader][row][length]` are hits and crops
-    with labels of that length, over all subsets.
+    with labels of that length, over all subsets. `left_out` names what `skipped` counts.
     """
 
     protocol: Protocol
@@ -55,6 +56,7 @@ class Summary:
     table: dict[str, dict[str, dict[str, Value]]]
     gain: dict[str, dict[str, Value]]
     lengths: dict[str, dict[str, dict[int, tuple[int, int]]]]
+    left_out: dict[str, list[Skipped]] = field(default_factory=dict)
 
 
 def subset_name(path: Path) -> str:
@@ -113,6 +115,7 @@ def summarize(
         table,
         gain,
         {reader: _by_length(subsets, reader) for reader in readers},
+        {subset.name: subset.left_out for subset in subsets},
     )
 
 

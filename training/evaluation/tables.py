@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 _ENDLESS = 100_000
+_NAMED = 20
 
 
 def plain_console(**options: Any) -> Console:
@@ -20,6 +21,19 @@ def plain_console(**options: Any) -> Console:
 def readable(text: str) -> str:
     r"""`text` with \xNN for what in a name is not UTF-8, so that files and pipes take it."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def one_line(text: str) -> str:
+    r"""`readable`, and escapes for what breaks a line or what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in readable(text))
+
+
+def skipped_lines(records: Sequence[str], listed: str) -> list[str]:
+    """Lines on damaged records: the first ones by name, and how many more `listed` has."""
+    lines = [one_line(f"skipped {record}") for record in records[:_NAMED]]
+    if len(records) > _NAMED:
+        lines.append(f"and {len(records) - _NAMED} more ({listed})")
+    return lines
 
 
 def print_tables(console: Console, *forms: Sequence[Table]) -> None:

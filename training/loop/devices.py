@@ -65,7 +65,10 @@ class Agreement:
         self.group: torch.distributed.ProcessGroup | None = None
         if fabric.world_size > 1:
             # By way of the processors: a GPU would have to finish the step first.
-            self.group = torch.distributed.new_group(backend="gloo")
+            group = torch.distributed.new_group(backend="gloo")
+            # Only for a rank outside it PyTorch returns something else.
+            assert isinstance(group, torch.distributed.ProcessGroup)
+            self.group = group
 
     def __call__(self, *numbers: int) -> list[int]:
         """The largest of each number over all ranks."""

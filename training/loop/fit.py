@@ -28,14 +28,16 @@ from lemma_fast.training.data.batches import (
     Batches,
     EncodedCrops,
     InOrder,
-    loader,
+    loaded,
     mix,
     split,
 )
-from lemma_fast.training.evaluation.tables import plain_console
+from lemma_fast.training.data.verdicts import Verdicts
+from lemma_fast.training.evaluation.tables import plain_console, skipped_lines
 from lemma_fast.training.loop import folder as files
 from lemma_fast.training.loop import weights
 from lemma_fast.training.loop.average import Average
+from lemma_fast.training.loop.curves import Curves
 from lemma_fast.training.loop.devices import Agreement, device_name, launch
 from lemma_fast.training.loop.provenance import provenance
 from lemma_fast.training.loop.stages import STAGES, Stage
@@ -81,7 +83,7 @@ def fit(
     """
     settings.check()
     fabric = launch(settings)
-    with _alone_in(settings.folder, fabric):
+    with _alone_in(settings.folder, fabric, restart):
         if restart:
             if fabric.is_global_zero:
                 files.clear(settings.folder)
@@ -99,7 +101,8 @@ class Run:
     def __init__(self, settings: Settings, fabric: Fabric, accept_changes: bool) -> None:
         self.settings, self.fabric = settings, fabric
         self.folder, self.leads = settings.folder, fabric.is_global_zero
-        train, chosen, left_out = split(settings.data)
+        verdicts = Verdicts(self.folder / files.RECORDS)
+        train, chosen, left_out = split(settings.data, verdicts)
         self.per_epoch = len(train) // settings.run.batch_size
         if not self.per_epoch:
             raise SettingsError(
@@ -141,10 +144,12 @@ class Run:
         self.average = Average(self.stage.network, settings.run.ema, averaged)
         self.origin = provenance(settings, len(train), len(chosen), left_out)
         self.origin["device"] = device_name(fabric)
-        self.curves: files.Curves | None = None
+        self.curves: Curves | None = None
         if self.leads:
-            self.curves = files.Curves(self.folder, self.step, settings.run.tensorboard)
+            verdicts.save()
+            self.curves = Curves(self.folder, self.step, settings.run.tensorboard)
             replace_file(self.folder / files.SETTINGS, json.dumps(plain(settings), indent=2))
+        self.left_out = left_out
         self.bar = _progress_bar(self.leads)
         self.task = self.bar.add_task(
             settings.stage, total=self.total, completed=self.step, note=""
@@ -163,9 +168,11 @@ class Run:
         agree = Agreement(fabric)
         word = "stopping after this step" if self.leads else ""
         with self.bar, signals.held(word) as received:
+            for text in skipped_lines(self.left_out, "`lemma-fast data inspect` lists all"):
+                self.say(text)
             if self.step:
                 self.say(f"{self.settings.stage}: going on from step {self.step}")
-            for batch in loader(self.crops, batches, self.settings.data.workers):
+            for batch in loaded(self.crops, batches, self.settings.data.workers):
                 self.make_step(fabric.to_device(batch))
                 if self.step % run.log_every == 0:
                     self.log()
@@ -202,8 +209,7 @@ class Run:
         self.optimizer.zero_grad()
         self.fabric.backward(settings.loss.scale * terms["loss"])
         if settings.optimizer.clip is not None:
-            learned = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(learned, settings.optimizer.clip)
+            torch.nn.utils.clip_grad_norm_(self.stage.clipped(), settings.optimizer.clip)
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
@@ -334,7 +340,7 @@ def judge(fabric: Fabric, stage: Stage, judged: EncodedCrops) -> dict[str, float
         for buffer in stage.network.buffers():
             torch.distributed.broadcast(buffer, 0)
     try:
-        for batch in loader(judged, batches, workers=0):
+        for batch in loaded(judged, batches, workers=0):
             for name, values in stage.scores(fabric.to_device(batch)).items():
                 total = values.double().sum().cpu()
                 totals[name] = totals.get(name, torch.zeros_like(total)) + total
@@ -368,14 +374,18 @@ def _progress_bar(shown: bool) -> Progress:
 
 
 @contextmanager
-def _alone_in(folder: Path, fabric: Fabric) -> Iterator[None]:
-    """Keep other runs out of the folder; all ranks raise SettingsError where one is in it."""
+def _alone_in(folder: Path, fabric: Fabric, restart: bool) -> Iterator[None]:
+    """Keep other runs out of the folder.
+
+    All ranks raise SettingsError where one is in it, or where it cannot be written to.
+    """
     with ExitStack() as stack:
         refusal = ""
         if fabric.is_global_zero:
             try:
+                files.check(folder, restart)
                 stack.enter_context(files.locked(folder))
-            except (SettingsError, OSError) as error:
+            except (ValueError, OSError) as error:
                 refusal = str(error)
         if refusal := fabric.broadcast(refusal):
             raise SettingsError(refusal)

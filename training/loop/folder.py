@@ -1,24 +1,22 @@
-"""The files of a stage's folder: the lock, the settings, the checkpoint, the curves, the result."""
+"""The files of a stage's folder: the lock, the settings, the checkpoint, the result."""
 
 from __future__ import annotations
 
-import csv
 import fcntl
-import io
 import json
 import os
 import pickle
-import shutil
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lemma_fast.atomic import replace_file
-from lemma_fast.training.evaluation.tables import readable
+from lemma_fast.checkpoint.files import CheckpointError, read_metadata
+from lemma_fast.outputs import check_folder, check_output
 from lemma_fast.training.settings.schema import WEIGHTS, Settings, plain
 from lemma_fast.training.settings.values import SettingsError
 
@@ -28,6 +26,7 @@ CURVES = "metrics.csv"
 RESULT = "result.json"
 SETTINGS = "settings.json"
 BOARD = "tensorboard"
+RECORDS = "records.json"
 # What may differ between two chunks of one run without changing what is trained.
 _FREE = frozenset(
     {
@@ -41,6 +40,14 @@ _FREE = frozenset(
         "run.tensorboard",
     }
 )
+
+
+# How what a run writes begins.
+_STARTS = {
+    SETTINGS: rb'{\s*"stage":',
+    CURVES: b"step,name,value\n",
+    RECORDS: rb'{(}|"[0-9a-f]{64}": )',
+}
 
 
 @contextmanager
@@ -68,10 +75,37 @@ def locked(folder: Path) -> Iterator[None]:
 
 def clear(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for name in (SETTINGS, LAST, WEIGHTS, LAST_WEIGHTS, CURVES, RESULT):
+    for name in (SETTINGS, LAST, WEIGHTS, LAST_WEIGHTS, CURVES, RESULT, RECORDS):
         (folder / name).unlink(missing_ok=True)
-    if (folder / BOARD).is_dir():
-        shutil.rmtree(folder / BOARD)
+    for path in (folder / BOARD).glob("events.out.tfevents.*"):
+        path.unlink()
+    with suppress(OSError):
+        # Where something else is in it, it stays.
+        (folder / BOARD).rmdir()
+
+
+def check(folder: Path, restart: bool) -> None:
+    """Raise OutputError unless a run can write there and would replace only what a run made."""
+    check_folder(folder, "output")
+    if not os.path.isdir(folder) or ((folder / LAST).is_file() and not restart):
+        return
+    for name in (SETTINGS, CURVES, WEIGHTS, LAST_WEIGHTS, RECORDS):
+        check_output(
+            folder / name,
+            made_here=_made_here,
+            way_out="no run has written it: give this one a folder of its own, output=...",
+        )
+
+
+def _made_here(path: Path) -> bool:
+    """Whether a run wrote the file."""
+    if path.suffix == ".safetensors":
+        try:
+            return {"stage", "settings"} <= read_metadata(path).keys()
+        except CheckpointError:
+            return False
+    with path.open("rb") as file:
+        return re.match(_STARTS[path.name], file.read(100)) is not None
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -98,7 +132,7 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
         return {name: content[name] for name in wanted}
     except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError, EOFError,
             pickle.UnpicklingError) as error:  # fmt: skip
-        raise _damaged(path, error, "--restart begins anew") from error
+        raise damaged(path, error, "--restart begins anew") from error
 
 
 def finished(settings: Settings, accept_changes: bool) -> dict[str, Any] | None:
@@ -113,7 +147,7 @@ def finished(settings: Settings, accept_changes: bool) -> dict[str, Any] | None:
         if found["best"] is not None:
             found["best"] = {name: float(value) for name, value in found["best"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(
+        raise damaged(
             path, error, f"without it the same command makes it anew of {LAST}"
         ) from error
     if changes and accept_changes:
@@ -154,71 +188,7 @@ def _flat(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{at}{key}", value
 
 
-class Curves:
-    """`metrics.csv` in long form, to which a resumed run adds without a seam, and TensorBoard.
-
-    What lies past the step that a run resumes at is dropped. Raises SettingsError.
-    """
-
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self.path = folder / CURVES
-        kept = [row for row in read_curves(self.path) if row[0] <= step] if step else []
-        replace_file(self.path, _lines([("step", "name", "value"), *kept]))
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            (folder / BOARD).mkdir(exist_ok=True)
-            place = str(folder / BOARD)
-            if readable(place) != place:
-                # TensorBoard takes names in UTF-8 alone; by its number a folder has another one.
-                place = f"/proc/self/fd/{os.open(place, os.O_RDONLY)}"
-            # Without `purge_step` a killed chunk's last points would be drawn twice.
-            self.board = SummaryWriter(place, purge_step=step or None)
-
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        """Append the values of a step."""
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(_lines((step, name, repr(float(x))) for name, x in values.items()))
-        self.draw(values, step)
-
-    def draw(self, values: Mapping[str, float], step: int) -> None:
-        """Show values in TensorBoard alone."""
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
-
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self.board is not None:
-            self.board.close()
-
-
-def read_curves(path: Path) -> list[tuple[int, str, float]]:
-    """Rows of a file of curves; a last line that a crash has torn is left out."""
-    if not path.is_file():
-        return []
-    number = 1
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = []
-        for number, row in enumerate(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])), 1):
-            if number > 1:
-                step, name, value = row
-                rows.append((int(step), name, float(value)))
-    except (OSError, ValueError, csv.Error) as error:
-        way = "take that line out; without the file the run goes on and begins its curves anew"
-        raise _damaged(path, f"line {number}: {error}", way) from error
-    return rows
-
-
-def _lines(rows: Any) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def _damaged(path: Path, reason: Exception | str, way_out: str) -> SettingsError:
+def damaged(path: Path, reason: Exception | str, way_out: str) -> SettingsError:
+    """An error for a file that cannot be read, with the way out of it."""
     said = str(reason).splitlines() or [type(reason).__name__]
     return SettingsError(f"{path} cannot be read ({said[0]}); {way_out}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lemma_fast import __version__
-from lemma_fast.training.data.lmdb import Records
+from lemma_fast.training.data.lmdb import RecordError, Records
 from lemma_fast.training.evaluation.tables import readable
 from lemma_fast.training.settings.schema import Settings, plain
 from lemma_fast.training.synthesis.words import digest
@@ -63,4 +63,7 @@ def _recipe(root: str) -> dict[str, object] | None:
     path = Path(root)
     if not (path.is_file() or (path / "data.mdb").is_file()):
         return None
-    return Records(path).recipe()
+    try:
+        return Records(path).recipe()
+    except RecordError as damaged:
+        return {"damaged": readable(str(damaged))}

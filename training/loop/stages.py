@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -15,16 +14,20 @@ from torch import Tensor, nn
 
 from lemma_fast.acceleration import training_operations
 from lemma_fast.baselines import Baseline, build_baseline
+from lemma_fast.baselines.reading import ReadingFrame
 from lemma_fast.model import LEMMA, text_prior
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import Prior, TextPrior
 from lemma_fast.ops import Operations, reference
-from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
+from lemma_fast.recognizers import CRNN, TextFocus
+from lemma_fast.recognizers.text_focus import STROKES
 from lemma_fast.training.data.batches import Batch, Encoding, mix
 from lemma_fast.training.data.labels import CTCLabels, encode_prior_labels
 from lemma_fast.training.data.pairs import with_mask
 from lemma_fast.training.evaluation.metrics import psnr, ssim, word_hits
 from lemma_fast.training.loop import weights
+from lemma_fast.training.loop.readers import open_focus, open_reader
+from lemma_fast.training.losses.baselines import StrokeFocusLoss, edge_loss
 from lemma_fast.training.losses.lemma import (
     IGNORED,
     LemmaLoss,
@@ -43,13 +46,12 @@ from lemma_fast.training.losses.prior import (
     simulated_reading,
 )
 from lemma_fast.training.losses.reader import ReaderLoss
+from lemma_fast.training.losses.teaching import Teaching
 from lemma_fast.training.networks import super_resolve
 from lemma_fast.training.settings.schema import BASELINES, Settings
 from lemma_fast.training.settings.values import SettingsError
 from lemma_fast.training.synthesis.camera import photograph
 from lemma_fast.training.synthesis.words import Vocabulary
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Stage(nn.Module):
@@ -87,6 +89,10 @@ class Stage(nn.Module):
         """Parameters and their learning rate."""
         return [(list(self.network.parameters()), self.settings.optimizer.learning_rate)]
 
+    def clipped(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are clipped, by their norm together."""
+        return [parameter for group, _ in self.parameter_groups() for parameter in group]
+
     def _hits(self, texts: list[str], batch: Batch) -> Tensor:
         return torch.from_numpy(word_hits(texts, batch.labels))
 
@@ -123,9 +129,13 @@ class RestorationStage(Stage):
         encodings: set[Encoding] = set() if focus is None else {"focus"}
         if isinstance(network, LEMMA) and (wanted.weights.fine_tune or wanted.reading):
             encodings.add(prior_encoding(network.prior))
+        if wanted.strokes:
+            encodings.add("strokes")
+        if wanted.spelling and wanted.spelling_by == "ctc":
+            encodings.add("ctc")
         self.encodings = frozenset(encodings)
         self.loss = LemmaLoss(
-            _reader(TextFocus, settings, focus),
+            open_focus(settings, focus),
             wanted.weights,
             distance=wanted.distance,
             attention_padding=wanted.attention_padding,
@@ -133,8 +143,18 @@ class RestorationStage(Stage):
             double_softmax=wanted.double_softmax,
             fine_tune_padding=wanted.fine_tune_padding,
         )
+        strokes = wanted.stroke_recognizer if wanted.strokes else None
+        self.strokes = StrokeFocusLoss(
+            open_focus(settings, strokes, STROKES), attention_padding=wanted.attention_padding
+        )
+        judge = open_reader(CRNN, settings, settings.select.recognizer)
+        self.teaching: Teaching | None = None
+        if isinstance(network, ReadingFrame):
+            # TATT's reader learns from its teacher alone, C3-STISR's from the result too.
+            taught = wanted.teaching != 0 or settings.stage == "c3-stisr"
+            network.reader.requires_grad_(taught and settings.optimizer.prior_learning_rate != 0)
+            self.teaching = Teaching(wanted, open_reader(CRNN, settings, wanted.teacher))
         self.reader = _onnx_reader(settings) if wanted.reader else None
-        judge = _reader(CRNN, settings, settings.select.recognizer)
         # Kept out of the registry: neither DDP nor the optimiser has business with it.
         self._judges = () if judge is None else (judge,)
         self.train()
@@ -154,9 +174,9 @@ class RestorationStage(Stage):
         return self
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        if not isinstance(self.network, LEMMA):
+        if (reader := self._prior_network()) is None:
             return super().parameter_groups()
-        prior = list(self.network.prior.parameters())
+        prior = list(reader.parameters())
         known = {id(parameter) for parameter in prior}
         rest = [p for p in self.network.parameters() if id(p) not in known]
         settings = self.settings.optimizer
@@ -169,13 +189,35 @@ class RestorationStage(Stage):
         lr, hr, aspect = photograph(batch.hr, batch.labels, seeds)
         return batch._replace(lr=lr, hr=hr), aspect
 
+    def clipped(self) -> list[nn.Parameter]:
+        """As published: the reader of a network of Table 3 is not clipped, LEMMA's prior is."""
+        groups = self.parameter_groups()
+        own = groups[:1] if isinstance(self.network, ReadingFrame) else groups
+        return [parameter for group, _ in own for parameter in group]
+
+    def _prior_network(self) -> nn.Module | None:
+        """The part that reads, and learns at a rate of its own."""
+        if isinstance(self.network, LEMMA):
+            return self.network.prior
+        return self.network.reader if isinstance(self.network, ReadingFrame) else None
+
+    def _restore(
+        self, lr: Tensor, hr: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
+        """`sr`, what it is compared with, the prior, and what its pass is judged by beside that."""
+        if isinstance(self.network, ReadingFrame):
+            assert self.teaching is not None
+            channels = self.network.config.in_channels
+            sr, hr, taught = self.teaching(self.network, lr[:, :channels], hr, batch.ctc)
+            return sr.float(), hr[:, :channels], None, taught
+        sr, prior = super_resolve(self.network, lr)
+        # A network of three channels has no mask to compare.
+        return sr.float(), hr[:, : sr.shape[1]], prior, {}
+
     def _forward(
         self, batch: Batch, aspect: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Prior | None, dict[str, Tensor]]:
-        sr, prior = super_resolve(self.network, with_mask(batch.lr))
-        sr = sr.float()
-        # A network of three channels has no mask to compare.
-        hr = with_mask(batch.hr)[:, : sr.shape[1]]
+        sr, hr, prior, taught = self._restore(with_mask(batch.lr), with_mask(batch.hr), batch)
         labels: Tensor | CTCLabels | None = None
         if isinstance(self.network, LEMMA):
             labels = prior_labels(self.network.prior, batch)
@@ -184,6 +226,15 @@ class RestorationStage(Stage):
         if profile := self.settings.loss.gradient_profile:
             terms["gradient_profile"] = gradient_profile_loss(sr[:, :3], hr[:, :3])
             terms["loss"] = terms["loss"] + profile * terms["gradient_profile"]
+        for name, value in taught.items():
+            terms[name] = value
+            terms["loss"] = terms["loss"] + getattr(self.settings.loss, name) * value
+        if edges := self.settings.loss.edges:
+            terms["edges"] = edge_loss(sr[:, :3], hr[:, :3])
+            terms["loss"] = terms["loss"] + edges * terms["edges"]
+        if strokes := self.settings.loss.strokes:
+            terms["strokes"] = self.strokes(sr[:, :3], hr[:, :3], batch.strokes)
+            terms["loss"] = terms["loss"] + strokes * terms["strokes"]
         if isinstance(self.network, LEMMA) and (reading := self.settings.loss.reading):
             reader = self.network.prior
             assert isinstance(reader, TextPrior) and batch.prior_ids is not None
@@ -295,35 +346,40 @@ class LanguageStage(PriorStage):
 
 
 class ReaderStage(Stage):
-    """A recogniser that learns to read: the loss's by teacher forcing, the evaluator by CTC."""
+    """A recogniser that learns to read: the losses' by teacher forcing, the evaluator by CTC."""
 
     network: TextFocus | CRNN
 
     def __init__(self, settings: Settings, fresh: bool = True) -> None:
         network: TextFocus | CRNN
-        if settings.stage == "text_focus":
-            network = TextFocus(settings.text_focus_config())
+        encoding: Encoding
+        if settings.stage == "crnn":
+            network, encoding = CRNN(settings.crnn_config()), "ctc"
         else:
-            network = CRNN(settings.crnn_config())
+            network = TextFocus(settings.text_focus_config())
+            encoding = "strokes" if settings.stage == "stroke_focus" else "focus"
         super().__init__(settings, network, fresh)
-        self.encodings = frozenset({"ctc" if isinstance(network, CRNN) else "focus"})
+        self.encodings = frozenset({encoding})
 
     def _loss(self, images: Tensor, batch: Batch) -> Tensor:
         shown = self.network.prepare(images)
         if isinstance(self.network, CRNN):
             assert batch.ctc is not None
             return crnn_ctc_loss(self.network(shown), batch.ctc)
-        assert batch.focus is not None
-        logits = self.network(shown, batch.focus.inputs).logits
-        return text_focus_cross_entropy(logits.float(), batch.focus)
+        labels = batch.strokes if "strokes" in self.encodings else batch.focus
+        assert labels is not None
+        logits = self.network(shown, labels.inputs).logits
+        return text_focus_cross_entropy(logits.float(), labels)
 
     def terms(self, batch: Batch, step: int, seed: int) -> dict[str, Tensor]:
         return {"loss": self._loss(self._looked_at(batch, align_corners=False), batch)}
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         images = self._looked_at(batch, align_corners=False)
-        texts = [reading.text for reading in self.network.read(images)]
         loss = self._loss(images, batch).expand(len(images))
+        if "strokes" in self.encodings:
+            return {"loss": loss}
+        texts = [reading.text for reading in self.network.read(images)]
         return {"loss": loss, "accuracy": self._hits(texts, batch)}
 
 
@@ -333,6 +389,7 @@ STAGES: Mapping[str, type[RestorationStage | PriorStage | ReaderStage]] = {
     "prior": PriorStage,
     "language": LanguageStage,
     "text_focus": ReaderStage,
+    "stroke_focus": ReaderStage,
     "crnn": ReaderStage,
 }
 
@@ -357,13 +414,3 @@ def _onnx_reader(settings: Settings) -> ReaderLoss:
         return ReaderLoss(settings.path(settings.loss.reader_onnx))
     except (ImportError, OSError, ValueError) as error:
         raise SettingsError(f"loss.reader_onnx: {error}") from error
-
-
-def _reader(kind: type[M], settings: Settings, checkpoint: str | None) -> M | None:
-    """The recogniser of a checkpoint in the settings, if one is named."""
-    if checkpoint is None:
-        return None
-    name = "crnn" if kind is CRNN else "text_focus"
-    reader: object = load_recognizer(name, settings.path(checkpoint), device="cpu")
-    assert isinstance(reader, kind)
-    return reader

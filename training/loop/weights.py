@@ -8,16 +8,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lemma_fast import baselines, checkpoint
 from lemma_fast.baselines import Baseline
-from lemma_fast.checkpoint.files import config_to_json, load_strictly, read_weights, save_weights
+from lemma_fast.baselines.reading import ReadingFrame
+from lemma_fast.baselines.registry import recognized
+from lemma_fast.checkpoint.files import (
+    CheckpointError,
+    config_of,
+    config_to_json,
+    is_safetensors,
+    load_strictly,
+    read_weights,
+    save_weights,
+)
 from lemma_fast.config import LemmaConfig
 from lemma_fast.model import LEMMA
 from lemma_fast.model.crnn_prior import CRNNPrior
 from lemma_fast.model.prior import TextPrior
-from lemma_fast.recognizers import CRNN, TextFocus
+from lemma_fast.recognizers import CRNN, TextFocus, load_recognizer
 from lemma_fast.training.loop.interpolation import start_from_interpolation
 from lemma_fast.training.settings.schema import Settings
 from lemma_fast.training.settings.values import SettingsError
@@ -79,14 +89,42 @@ def start(network: nn.Module, settings: Settings) -> None:
             if isinstance(network, LEMMA):
                 load_strictly(network, checkpoint.load(path).state_dict(), str(path))
             else:
-                load_strictly(network, read_weights(path)[0], str(path))
+                load_strictly(network, weights_of(network, path), str(path))
         if wanted.prior:
-            if not isinstance(network, LEMMA):
+            paths = [settings.path(name) for name in wanted.prior]
+            if isinstance(network, ReadingFrame):
+                load_reader(network, paths)
+            elif isinstance(network, LEMMA):
+                load_prior(network, paths)
+            else:
                 raise SettingsError(f"start.prior means nothing to stage {settings.stage}")
-            load_prior(network, [settings.path(name) for name in wanted.prior])
     except FileNotFoundError as error:
         name = error.filename or str(error)
         raise SettingsError(f"start: there is no {name}; train the stage before") from error
+
+
+def weights_of(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file for `network`, under our names where they are a baseline's published.
+
+    A published network that reads has no reader; it keeps its own, which `start.prior` is for.
+    """
+    state, _ = read_weights(path)
+    if not isinstance(network, Baseline) or recognized(state) is None:
+        return state
+    reader = network.reader if isinstance(network, ReadingFrame) else None
+    try:
+        return baselines.from_published(state, reader=reader).state_dict()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load_reader(network: ReadingFrame, paths: Sequence[Path]) -> None:
+    """Load a CRNN into a network of Table 3 that reads; raises ValueError where it does not fit."""
+    if len(paths) != 1:
+        raise SettingsError(f"start.prior is one CRNN, not {len(paths)} files")
+    reader = load_recognizer("crnn", paths[0], device="cpu")
+    assert isinstance(reader, CRNN)
+    load_strictly(network.reader, reader.state_dict(), str(paths[0]))
 
 
 def load_prior(network: LEMMA, paths: Sequence[Path]) -> None:
@@ -96,15 +134,17 @@ def load_prior(network: LEMMA, paths: Sequence[Path]) -> None:
     """
     if missing := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(2, "no such file", str(missing[0]))
-    if len(paths) != 1 or paths[0].suffix != ".safetensors":
+    if len(paths) != 1 or not is_safetensors(paths[0]):
         checkpoint.load_prior(network, *paths)
         return
     (path,) = paths
     state, metadata = read_weights(path)
     if metadata.get("format") == PRIOR_FORMAT:
+        with config_of(path):
+            carried = LemmaConfig.from_dict(json.loads(metadata["config"]))
         theirs, wanted = (
             (config.text_prior, config.crnn if config.text_prior == "crnn" else config.prior)
-            for config in (LemmaConfig.from_dict(json.loads(metadata["config"])), network.config)
+            for config in (carried, network.config)
         )
         if theirs != wanted:
             raise SettingsError(

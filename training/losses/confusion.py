@@ -12,12 +12,13 @@ from importlib.resources import files
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _AXES = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
 
-def confusion_distances() -> np.ndarray:
+def confusion_distances() -> NDArray[np.float64]:
     """Return the distance table, float64 (62, 62) over `0-9 A-Z a-z`: symmetric, zero diagonal."""
     text = files("lemma_fast.training.losses").joinpath("confusion.tsv").read_text(encoding="ascii")
     header, *rows = csv.reader(text.splitlines(), delimiter="\t")

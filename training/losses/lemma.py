@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from lemma_fast.recognizers.text_focus import TextFocus
 from lemma_fast.training.data.labels import CTCLabels, FocusLabels
 from lemma_fast.training.losses.confusion import confusion_weights
 
-PixelDistance = Literal["mse", "log_mse"]
+R = TypeVar("R", bound=nn.Module)
+PixelDistance = Literal["mse", "l1", "log_mse"]
 #: Added to a crop's error before its logarithm: past 50 dB there is nothing to gain.
 _LOG_FLOOR = 1e-5
 
@@ -70,11 +71,14 @@ def pixel_distance(sr: Tensor, hr: Tensor, distance: PixelDistance = "mse") -> T
 
     `mse`, the published one, is about all channels, and so for the larger part about the mask,
     whose edges are steep; crops of high contrast that are blurred most outweigh the others.
+    `l1` is the absolute one that RCAN and SAN learn by.
     `log_mse` is the mean over crops of the logarithm of the colours' error: PSNR but for a factor,
     so that every crop counts alike.
     """
     if distance == "mse":
         return F.mse_loss(sr, hr)
+    if distance == "l1":
+        return F.l1_loss(sr, hr)
     error = (sr[:, :3] - hr[:, :3]).square().mean((1, 2, 3))
     return (error + _LOG_FLOOR).log().mean()
 
@@ -189,13 +193,61 @@ def without_padding(label_ids: Tensor) -> Tensor:
     return label_ids.masked_fill(index > ends, IGNORED)
 
 
-class TextFocusLoss(nn.Module):
+class ReadLoss(nn.Module, Generic[R]):
+    """A loss by a frozen recogniser.
+
+    The recogniser is always in eval mode, and not a sub-module: it follows this module to its
+    device, but is in no state_dict, no optimiser and no DDP bucket.
+    """
+
+    def __init__(self, recognizer: R | None = None) -> None:
+        super().__init__()
+        self._frozen: tuple[R, ...] = ()
+        if recognizer is not None:
+            recognizer.eval().requires_grad_(False)
+            self._frozen = (recognizer,)
+
+    @property
+    def recognizer(self) -> R | None:
+        """The frozen recogniser, if there is one."""
+        return self._frozen[0] if self._frozen else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReadLoss[R]:
+        # .to(), .cuda(), .double() all pass through here
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module in self._frozen:
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class FocusLoss(ReadLoss[TextFocus]):
+    """A loss by the attention of a frozen recogniser that is fed the text."""
+
+    def __init__(
+        self, recognizer: TextFocus | None = None, *, attention_padding: bool = True
+    ) -> None:
+        super().__init__(recognizer)
+        self.attention_padding = attention_padding
+
+    def compare(self, sr: Tensor, hr: Tensor, labels: FocusLabels | None) -> tuple[Tensor, Tensor]:
+        """`attention_l1` of RGB `sr` and `hr`, and the logits on `sr`, to which gradients flow."""
+        recognizer = self.recognizer
+        assert recognizer is not None
+        if labels is None:
+            raise ValueError("the text-focus loss needs labels: the recogniser is fed the text")
+        with torch.no_grad():
+            target = recognizer(recognizer.prepare(hr), labels.inputs).attention
+        logits, attention = recognizer(recognizer.prepare(sr), labels.inputs)
+        padding = self.attention_padding
+        return attention_l1(attention, target, labels, include_padding=padding), logits
+
+
+class TextFocusLoss(FocusLoss):
     """Pixels, attention and confusion of a super-resolved batch against the true one.
 
-    The recogniser is frozen, always in eval mode, and not a sub-module: it follows this module to
-    its device, but is in no state_dict, no optimiser and no DDP bucket. Without one, the loss of
-    pixels is all there is. `distance`, `unit_diagonal` and `attention_padding` choose the forms of
-    `pixel_distance`, `confusion_weights` and `attention_l1`.
+    Without a recogniser, the loss of pixels is all there is. `distance`, `unit_diagonal` and
+    `attention_padding` choose the forms of `pixel_distance`, `confusion_weights` and
+    `attention_l1`.
     """
 
     def __init__(
@@ -206,27 +258,11 @@ class TextFocusLoss(nn.Module):
         attention_padding: bool = True,
         unit_diagonal: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(recognizer, attention_padding=attention_padding)
         self.distance = distance
-        self.attention_padding = attention_padding
-        self._frozen: tuple[TextFocus, ...] = ()
-        if recognizer is not None:
-            self._frozen = (recognizer.eval().requires_grad_(False),)
         self.confusion: Tensor
         weights = confusion_weights(unit_diagonal=unit_diagonal)
         self.register_buffer("confusion", weights, persistent=False)
-
-    @property
-    def recognizer(self) -> TextFocus | None:
-        """The frozen recogniser, if there is one."""
-        return self._frozen[0] if self._frozen else None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TextFocusLoss:
-        # .to(), .cuda(), .double() all pass through here
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module in self._frozen:
-            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def forward(
         self, sr: Tensor, hr: Tensor, labels: FocusLabels | None, *, pixels_only: bool = False
@@ -237,19 +273,12 @@ class TextFocusLoss(nn.Module):
         `labels` may be None where no recogniser looks.
         """
         pixel = pixel_distance(sr, hr, self.distance)
-        recognizer = None if pixels_only else self.recognizer
-        if recognizer is None:
+        if pixels_only or self.recognizer is None:
             return TextFocusTerms(pixel, pixel.new_zeros(()), pixel.new_zeros(()))
-        if labels is None:
-            raise ValueError("the text-focus loss needs labels: the recogniser is fed the text")
-        with torch.no_grad():
-            target = recognizer(recognizer.prepare(hr[:, :3]), labels.inputs).attention
-        logits, attention = recognizer(recognizer.prepare(sr[:, :3]), labels.inputs)
-        return TextFocusTerms(
-            pixel,
-            attention_l1(attention, target, labels, include_padding=self.attention_padding),
-            confusion_cross_entropy(logits, labels, self.confusion),
-        )
+        attention, logits = self.compare(sr[:, :3], hr[:, :3], labels)
+        assert labels is not None
+        confusion = confusion_cross_entropy(logits, labels, self.confusion)
+        return TextFocusTerms(pixel, attention, confusion)
 
 
 class LemmaLoss(nn.Module):

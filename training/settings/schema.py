@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,7 +25,9 @@ import yaml
 from lemma_fast.baselines import BaselineConfig
 from lemma_fast.config import LemmaConfig
 from lemma_fast.recognizers import CRNNConfig, TextFocusConfig
+from lemma_fast.recognizers.text_focus import STROKES
 from lemma_fast.training.losses.lemma import LOSS_SCALE, LossWeights, PixelDistance
+from lemma_fast.training.settings.checks import check_baseline_losses
 from lemma_fast.training.settings.values import (
     SettingsError,
     Values,
@@ -34,16 +36,21 @@ from lemma_fast.training.settings.values import (
     merge,
     nested,
     override,
+    preset,
     read,
-    shown,
     table,
 )
 
-Stage = Literal["language", "prior", "text_focus", "crnn", "lemma", "srcnn", "srresnet", "tsrn"]
+Stage = Literal[
+    "language", "prior", "text_focus", "stroke_focus", "crnn", "lemma",
+    "srcnn", "srresnet", "rcan", "san", "tsrn", "tbsrn", "pcan", "tg", "tatt", "c3-stisr",
+]  # fmt: skip
 T = TypeVar("T")
 
 #: The stages that train a network of Table 3 in LEMMA's place.
-BASELINES = ("srcnn", "srresnet", "tsrn")
+BASELINES = (
+    "srcnn", "srresnet", "rcan", "san", "tsrn", "tbsrn", "pcan", "tg", "tatt", "c3-stisr"
+)  # fmt: skip
 
 #: The name of a stage's exported weights in its folder.
 WEIGHTS = "best.safetensors"
@@ -103,7 +110,8 @@ class DataSettings:
 class StartSettings:
     """Weights to start from: the whole network, or the prior's.
 
-    `prior` is one file of ours, or published ABINet files (vision, language, or both in one).
+    `prior` is one file of ours, or published ABINet files (vision, language, or both in one); for
+    the networks of Table 3 that read, a CRNN.
     `interpolation` lets a fresh LEMMA begin as an interpolation of the crop.
     """
 
@@ -120,6 +128,13 @@ class LossSettings:
     its terms out. `gradient_profile` is the weight of TSRN's own loss beside the others,
     `reading` that of `reading_loss`, whose reader is the network's own prior, frozen; `reader`
     that of `ReaderLoss`, whose reader is the ONNX file `reader_onnx`.
+
+    The rest is for networks of Table 3 (`losses.baselines`), weights that are 0 where off: `edges`
+    of PCAN's loss; `strokes` of TG's, whose recogniser is the checkpoint `stroke_recognizer`;
+    `teaching` of the distillation of the network's CRNN by a frozen one, the checkpoint `teacher`,
+    that reads the true crop; `spelling` of what C3-STISR's language model is taught, by the teacher
+    too or, `spelling_by: ctc`, by the labels; `rotation` of TATT's similarity to a turned crop, for
+    which each pair is turned by up to `rotation_degrees`.
     """
 
     weights: LossWeights = field(default_factory=LossWeights)
@@ -128,6 +143,15 @@ class LossSettings:
     pixel_steps: int = 0
     gradient_profile: float = 0.0
     reading: float = 0.0
+    edges: float = 0.0
+    strokes: float = 0.0
+    stroke_recognizer: str | None = None
+    teaching: float = 0.0
+    teacher: str | None = None
+    spelling: float = 0.0
+    spelling_by: Literal["teacher", "ctc"] = "teacher"
+    rotation: float = 0.0
+    rotation_degrees: float = 5.0
     reader: float = 0.0
     reader_onnx: str | None = None
     scale: float = LOSS_SCALE
@@ -184,7 +208,7 @@ class SelectSettings:
     """What the best weights are best in; `recognizer` is a CRNN checkpoint for `accuracy`.
 
     The stages that train a recogniser know `accuracy` (their own) and `loss`, those that restore
-    crops also `psnr`, `language` knows `loss` alone.
+    crops also `psnr`, `language` and `stroke_focus` know `loss` alone.
     """
 
     metric: Literal["accuracy", "psnr", "loss"] = "psnr"
@@ -229,16 +253,17 @@ class Settings:
         """The network's sizes; raises SettingsError."""
         presets = {"base": LemmaConfig.base(), "small": LemmaConfig.small()}
         values = dict(self.model)
-        merged = merge(_preset(presets, values, "model").to_dict(), values)
+        merged = merge(preset(presets, values, "model").to_dict(), values)
         try:
             return LemmaConfig.from_dict(merged)
         except (ValueError, TypeError, ArithmeticError) as error:
             raise SettingsError(f"model: {error}") from error
 
     def text_focus_config(self) -> TextFocusConfig:
-        """The loss recogniser's sizes; raises SettingsError."""
+        """The loss recogniser's sizes, of characters or of strokes; raises SettingsError."""
         presets = {"published": TextFocusConfig(), "small": TextFocusConfig.small()}
-        return _recognizer(presets, self.recognizer)
+        classes = STROKES if self.stage == "stroke_focus" else TextFocusConfig().classes
+        return replace(_recognizer(presets, self.recognizer), classes=classes)
 
     def crnn_config(self) -> CRNNConfig:
         """The evaluator's sizes; raises SettingsError."""
@@ -291,7 +316,7 @@ class Settings:
         known: tuple[str, ...] = (
             ("psnr", "accuracy", "loss") if self.restores else ("accuracy", "loss")
         )
-        if stage == "language":
+        if stage in ("language", "stroke_focus"):
             known = ("loss",)
         if wanted not in known:
             raise SettingsError(
@@ -301,7 +326,7 @@ class Settings:
             network = self.lemma_config()
             if stage == "language" and network.text_prior != "abinet":
                 raise SettingsError(f"text_prior {network.text_prior} has no language part")
-        elif stage == "text_focus":
+        elif stage in ("text_focus", "stroke_focus"):
             self.text_focus_config()
         elif stage == "crnn":
             self.crnn_config()
@@ -316,6 +341,7 @@ class Settings:
                 "loss.recognizer names no checkpoint of the text-focus Transformer; train one "
                 "(stage text_focus), or leave its terms out with loss.weights.text_focus=0"
             )
+        check_baseline_losses(self.stage, self.loss, self.optimizer)
         if self.loss.reader != 0 and self.loss.reader_onnx is None:
             raise SettingsError(
                 "loss.reader needs loss.reader_onnx, a recogniser's ONNX file (docs/training.md)"
@@ -385,15 +411,7 @@ def plain(settings: Settings) -> Values:
     return dict(json.loads(json.dumps(dataclasses.asdict(settings))))
 
 
-def _preset(presets: Mapping[str, T], values: Values, at: str) -> T:
-    """Take `preset` out of `values`; the first one is the default."""
-    name = values.pop("preset", next(iter(presets)))
-    if not isinstance(name, str) or name not in presets:
-        raise SettingsError(f"{at}.preset is one of {', '.join(presets)}; not {shown(name)}")
-    return presets[name]
-
-
 def _recognizer(presets: Mapping[str, T], entries: Values) -> T:
     values = dict(entries)
-    preset: Any = _preset(presets, values, "recognizer")
-    return build(type(preset), merge(dataclasses.asdict(preset), values), "recognizer.")
+    sizes: Any = preset(presets, values, "recognizer")
+    return build(type(sizes), merge(dataclasses.asdict(sizes), values), "recognizer.")

@@ -18,10 +18,14 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from lemma_fast.errors import reason
+
 Values = dict[str, Any]
 T = TypeVar("T")
 
 _DEEPEST = 20
+# Letters that no one uses.
+_STAND_IN = 0x10FE00
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 # Short forms of values for messages, also of those that contain themselves.
 _short = reprlib.Repr()
@@ -62,7 +66,8 @@ def build(kind: type[T], values: Mapping[str, Any], at: str = "") -> T:
         if key not in names:
             near = difflib.get_close_matches(key, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-            raise SettingsError(f"unknown key {at}{key}; {hint}")
+            name = key if key.isprintable() else shown(key)
+            raise SettingsError(f"unknown key {at}{name}; {hint}")
     entries = {key: _convert(hints[key], value, f"{at}{key}") for key, value in values.items()}
     try:
         return kind(**entries)
@@ -123,14 +128,17 @@ def _folder() -> Path:
 
 
 def locate(config: str | Path, beside: Path | None = None) -> Path:
-    """The file of a config: a path (relative to the folder `beside`), or a packaged name.
+    """The file of a config: a packaged name, or a path (relative to the folder `beside`).
 
     Raises SettingsError where there is none.
     """
     path = Path(config)
+    if isinstance(config, str) and config in packaged():
+        # Whatever lies here: a file of that name is "./name".
+        return _folder() / f"{config}.yaml"
     places = [path] if beside is None else [beside / path]
     if path.name == str(path):
-        places += [_folder() / path.name, _folder() / f"{path.name}.yaml"]
+        places.append(_folder() / path.name)
     try:
         for place in places:
             if place.is_file():
@@ -181,10 +189,21 @@ def override(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SettingsError(f"{text!r} is not KEY=VALUE, such as run.steps=1000")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        # The name of a file that is not UTF-8, which YAML cannot spell.
+    not_text = any("\ud800" <= letter <= "\udfff" for letter in value)
+    if not_text and not value.startswith(("[", "{")):
         return key.split("."), value
-    return key.split("."), _parse(value, f"{text!r}: the value")
+    # Names of files that are not UTF-8, which YAML cannot spell: other letters stand in.
+    stand_in = {0xDC00 + byte: _STAND_IN + byte for byte in range(0x80, 0x100)}
+    parsed = _parse(value.translate(stand_in), f"{text!r}: the value")
+    return key.split("."), _respelled(parsed, {other: code for code, other in stand_in.items()})
+
+
+def _respelled(value: Any, letters: Mapping[int, int]) -> Any:
+    if isinstance(value, dict):
+        return {_respelled(k, letters): _respelled(item, letters) for k, item in value.items()}
+    if isinstance(value, list):
+        return [_respelled(item, letters) for item in value]
+    return value.translate(letters) if isinstance(value, str) else value
 
 
 def nested(keys: Sequence[str], value: Any) -> Values:
@@ -199,9 +218,17 @@ def _parse(text: str, name: str) -> Any:
         value = yaml.safe_load(text)
     except Exception as error:
         # Besides YAMLError: dates, numbers and tags that PyYAML's own constructors stumble over.
-        raise SettingsError(f"{name} is not YAML: {error}") from error
+        raise SettingsError(f"{name} is not YAML: {_in_short(error)}") from error
     _check_plain(value, name, [], set())
     return value
+
+
+def _in_short(error: Exception) -> str:
+    """What PyYAML says in several lines, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return reason(error)
 
 
 def _check_plain(value: Any, name: str, above: list[int], checked: set[int]) -> None:
@@ -216,3 +243,11 @@ def _check_plain(value: Any, name: str, above: list[int], checked: set[int]) -> 
     for item in value.values() if isinstance(value, dict) else value:
         _check_plain(item, name, [*above, id(value)], checked)
     checked.add(id(value))
+
+
+def preset(presets: Mapping[str, T], values: Values, at: str) -> T:
+    """Take `preset` out of `values`; the first one is the default."""
+    name = values.pop("preset", next(iter(presets)))
+    if not isinstance(name, str) or name not in presets:
+        raise SettingsError(f"{at}.preset is one of {', '.join(presets)}; not {shown(name)}")
+    return presets[name]

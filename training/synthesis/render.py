@@ -10,12 +10,13 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from itertools import chain
 from multiprocessing import resource_tracker
-from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -178,39 +179,61 @@ def synthesize(
             "libjpeg": str(features.version("libjpeg_turbo") or features.version("jpg")),
             "numpy": np.__version__,
         }
-        for hr, lr, label in _encoded(options, seed, n, jobs):
-            writer.add(label, hr, lr)
-            if writer.count % _CHUNK == 0 or writer.count == n:
-                progress(writer.count)
+        # Closed also where what a signal raises keeps a hold on it.
+        with closing(_encoded(options, seed, n, jobs)) as samples:
+            for hr, lr, label in samples:
+                writer.add(label, hr, lr)
+                if writer.count % _CHUNK == 0 or writer.count == n:
+                    progress(writer.count)
         writer.describe(recipe)
     return recipe
 
 
 _Options = tuple[str | tuple[str, ...], Split, Difficulty, str]
 _Encoded = tuple[bytes, bytes, str]
+_Task = tuple[_Options, int, int, int]
 
 
-def _encoded(options: _Options, seed: int, n: int, jobs: int) -> Iterator[_Encoded]:
+def _encoded(options: _Options, seed: int, n: int, jobs: int) -> Generator[_Encoded, None, None]:
     """PNG bytes of every sample in order, drawn by `jobs` processes."""
     tasks = [(options, seed, at, min(at + _CHUNK, n)) for at in range(0, n, _CHUNK)]
     if jobs == 1:
         yield from chain.from_iterable(map(_draw_chunk, tasks))
         return
+    with _single_threaded(), _processes(jobs) as draw:
+        yield from chain.from_iterable(draw(tasks))
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[Callable[[Sequence[_Task]], Iterator[list[_Encoded]]]]:
+    """Yield what draws chunks, in order; at the end no process is left, nor waited for.
+
+    Raises OSError where one was killed.
+    """
+    others = set(multiprocessing.active_children())
     # Spawned, because the parent may hold threads (torch, a progress bar) that a fork would lose.
-    with _single_threaded(), _pool(jobs) as pool:
-        yield from chain.from_iterable(pool.imap(_draw_chunk, tasks))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
+    def draw(tasks: Sequence[_Task]) -> Iterator[list[_Encoded]]:
+        # Its start, which a process asks for otherwise, would let the signal through.
+        resource_tracker.ensure_running()
+        # The terminal sends Ctrl-C to all: this process ends the others, which inherit the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.map(_draw_chunk, tasks)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-def _pool(jobs: int) -> Pool:
-    """Processes that Ctrl-C does not end: the terminal sends it to all, and this one ends them."""
-    # Its start, which a pool asks for otherwise, would let the signal through.
-    resource_tracker.ensure_running()
-    held = {signal.SIGINT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
-        return multiprocessing.get_context("spawn").Pool(jobs)
+        yield draw
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a process that draws was killed, as happens where memory runs out: try fewer --jobs"
+        ) from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -229,7 +252,7 @@ def _single_threaded() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _draw_chunk(task: tuple[_Options, int, int, int]) -> list[_Encoded]:
+def _draw_chunk(task: _Task) -> list[_Encoded]:
     options, seed, start, stop = task
     made = renderer(*options)
     samples = (made.render(seed, index) for index in range(start, stop))

@@ -131,7 +131,7 @@ def light_up(scene: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np
         away = ((_X - np.float32(x)) / np.float32(wide)) ** 2
         away = away + ((_Y - np.float32(y)) / np.float32(high)) ** 2
         spot = np.float32(rng.uniform(0.2, 0.7)) / (1 + away * away)
-        scene = scene + spot * (1 - scene)
+        scene = scene + np.asarray(spot, np.float32) * (1 - scene)
     if rng.random() < 0.3:
         tint = rng.normal(1.0, 0.06, 3).astype(np.float32)
         scene = scene * tint[:, None, None]

@@ -1,4 +1,4 @@
-// Memory of the training passes, and the order of their launches.
+// Memory of the training passes.
 
 #pragma once
 
@@ -85,18 +85,6 @@ struct Partials {
   Partials(const CudaShape& shape, Pieces& pieces) : parts(conv1x1_parts(shape)) {
     const int64_t bytes = parts * shape.channels * static_cast<int64_t>(sizeof(Partial));
     for (Partial*& each : of) each = static_cast<Partial*>(pieces.bytes(bytes));
-  }
-};
-
-// Launches in turn; the first that fails ends the pass.
-struct Sequence {
-  const CudaShape& shape;
-  void* stream;
-  const char* error = nullptr;
-
-  template <class... Parameters, class... Arguments>
-  void run(const char* (*launch)(const CudaShape&, Parameters...), const Arguments&... arguments) {
-    if (error == nullptr) error = launch(shape, arguments..., stream);
   }
 };
 

@@ -14,13 +14,13 @@ __device__ float sum_positions(float value) {
 
 template <class T>
 struct Warp {
-  Place<T, Tile<T>::kRows> place;
+  View<T, Tile<T>::kRows> view;
   int64_t image, part, parts;
 
-  __device__ bool live(int row) const { return place.first + row < place.positions; }
+  __device__ bool live(int row) const { return view.first + row < view.positions; }
 
   __device__ void write(Partial* partials, int channel, Partial value) const {
-    if (threadIdx.x % 32 < 4 && channel < place.channels) {
+    if (threadIdx.x % 32 < 4 && channel < view.channels) {
       partials[channel * parts + part] = value;
     }
   }
@@ -59,18 +59,18 @@ __device__ void gradients_back(const Warp<T>& warp, typename Tile<T>::Accumulato
                                const Conv1x1& conv) {
   constexpr int kCount = Tile<T>::kCount;
   const T* hidden =
-      static_cast<const T*>(conv.hidden) + warp.image * warp.place.channels * warp.place.positions;
+      static_cast<const T*>(conv.hidden) + warp.image * warp.view.channels * warp.view.positions;
 #pragma unroll
   for (int n = 0; n < kChunks; ++n) {
 #pragma unroll
     for (int parity = 0; parity < 2; ++parity) {
       const int channel = chunk_channel(n) + parity;
-      const bool inside = channel < warp.place.channels;
+      const bool inside = channel < warp.view.channels;
       const float mean = inside ? conv.norm.mean[channel] : 0.0f;
       const float inverse = inside ? conv.norm.inverse_deviation[channel] : 0.0f;
       const float scale = inside && conv.slope ? conv.norm.scale[channel] : 0.0f;
       const float shift = inside && conv.slope ? conv.norm.shift[channel] : 0.0f;
-      const auto h = warp.place.load(hidden, channel);
+      const auto h = warp.view.load(hidden, channel);
       Partial part = {0, 0, 0};
 #pragma unroll
       for (int row = 0; row < 2 * kCount; ++row) {
@@ -97,12 +97,12 @@ __device__ void gradients_back(const Warp<T>& warp, typename Tile<T>::Accumulato
 template <class T, bool Full>
 __global__ void __launch_bounds__(kThreads, Full ? 1 : 2)
     conv_kernel(const __grid_constant__ Conv1x1Group group, int channels, int64_t positions,
-                int blocks, bool vectors) {
+                int blocks, bool aligned) {
   using Shape = Tile<T>;
   auto& matrix = shared_memory<T[kMatrix]>();
   const Conv1x1& conv = group.items[blockIdx.y];
   const int64_t image = blockIdx.x / blocks;
-  const Warp<T> warp = {{thread_position<T>(blockIdx.x % blocks), positions, channels, vectors},
+  const Warp<T> warp = {{thread_position<T>(blockIdx.x % blocks), positions, channels, aligned},
                         image,
                         static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32,
                         static_cast<int64_t>(gridDim.x) * kWarps};
@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, Full ? 1 : 2)
       for (int half = 0; half < 2; ++half) {
         const int channel = chunk_channel(2 * k + half);
         float even[Shape::kRows], odd[Shape::kRows];
-        read_source(term.source, warp.place, image, channel, even);
-        read_source(term.source, warp.place, image, channel + 1, odd);
+        read_source(term.source, warp.view, image, channel, even);
+        read_source(term.source, warp.view, image, channel + 1, odd);
 #pragma unroll
         for (int m = 0; m < Shape::kCount; ++m) {
           const float values[4] = {even[2 * m], odd[2 * m], even[2 * m + 1], odd[2 * m + 1]};
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, Full ? 1 : 2)
   if (conv.after == After::kGradients) gradients_back<T>(warp, accumulator, conv);
   T* out = static_cast<T*>(conv.out) + image * channels * positions;
 #pragma unroll
-  for (int n = 0; n < kChunks; ++n) store_chunk<T>(warp.place, out, n, accumulator);
+  for (int n = 0; n < kChunks; ++n) store_chunk<T>(warp.view, out, n, accumulator);
 }
 
 }  // namespace
@@ -173,20 +173,20 @@ const char* launch_conv1x1(const CudaShape& shape, const Conv1x1Group& group, vo
     using V = decltype(variant);
     using T = typename V::T;
     const int64_t blocks = blocks_an_image<T>(shape);
-    bool vectors = true;
+    bool aligned = true;
     for (int i = 0; i < group.count; ++i) {
       const Conv1x1& conv = group.items[i];
-      vectors = vectors && rows_can_move<T>(shape, {conv.out, conv.hidden});
+      aligned = aligned && rows_can_move<T>(shape, {conv.out, conv.hidden});
       for (int j = 0; j < conv.count; ++j) {
         const Source& source = conv.terms[j].source;
-        vectors = vectors && rows_can_move<T>(shape, {source.x, source.z});
+        aligned = aligned && rows_can_move<T>(shape, {source.x, source.z});
       }
     }
     dim3 grid = grid_of(shape.images * blocks);
     grid.y = static_cast<unsigned>(group.count);
     return launch(conv_kernel<T, V::Full>, grid, kThreads, stream, group,
                   static_cast<int>(shape.channels), shape.positions, static_cast<int>(blocks),
-                  vectors);
+                  aligned);
   });
 }
 

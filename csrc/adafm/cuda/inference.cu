@@ -2,11 +2,18 @@
 //
 //   pool_kernel   u_1 = PReLU(reduce_1 [features; guidance]); for every channel the sum of
 //                 x_1 = project_1 u_1, weighted by GDW, over each block's positions
-//   fuse_kernel   the gate from those sums; x_2, then u_4, then u_3;
-//                 out = project_3 u_3 + project_4 u_4
+//   fuse_kernel   the gate from those sums; u_2, x_2 and u_4, then u_3;
+//                 out = project_4 u_4 + project_3 u_3
+//
+// math.h has the formulas, their names and the order of the folded matrices; tiles.cuh draws which
+// thread holds which numbers of a product. In code branch i has the index i - 1, and `Full` is fp32
+// without tf32 (see mma_k16).
 //
 // A block keeps 256 positions (128 in fp32) of all channels in registers through the whole chain;
 // the matrices come through shared memory, the next one on its way while one is used.
+//
+// The maps are [N, C, P] or, with `Last`, [N, P, C]: then a thread moves pairs of channels, position
+// by position, and the other half of a sector comes from the L1 cache with the next chunk.
 //
 // Floor at N = 64, C = 64, 16 x 64, 16 bits: two maps read and one written, 25 MB, 8 us at 3 TB/s.
 // Here the two maps are read twice: the second time they come from the L2 cache where it holds them
@@ -20,48 +27,118 @@
 namespace lemma_fast::adafm {
 namespace {
 
+// The folded matrices lie in the order of their use: 0 to 2 in the first launch, 3 to 10 in the
+// second.
 constexpr int kPoolMatrices = reduce_matrix(1);
 constexpr int kFuseMatrices = kGateMatrix - kPoolMatrices;
 
-// Matrices in turn, through two places in shared memory: one is used, one is filled.
+// What both kernels take. `blocks` are those of one image. (As a __grid_constant__ it costs
+// fuse_kernel up to 70 registers more.)
+template <class T>
+struct Arguments {
+  const T *features, *guidance;
+  FoldedPointers<const T> folded;
+  int channels;
+  int64_t positions;
+  int blocks;
+  // Of the maps: whether rows (with `Last`, pairs of channels) move in one access; then of GDW.
+  bool aligned, global_aligned;
+};
+
+// A thread's own part of the two maps of its image.
+template <class T>
+struct Inputs {
+  int64_t image;
+  // Where the image's maps begin.
+  int64_t offset;
+  const T *features, *guidance;
+  View<T, Tile<T>::kRows> view;
+
+  __device__ explicit Inputs(const Arguments<T>& given)
+      : image(blockIdx.x / given.blocks),
+        offset(image * given.channels * given.positions),
+        features(given.features + offset),
+        guidance(given.guidance + offset),
+        view{thread_position<T>(blockIdx.x % given.blocks), given.positions, given.channels,
+             given.aligned} {}
+};
+
+// Matrices in turn, through two buffers in shared memory: one is used, one is filled.
 template <class T>
 struct Matrices {
   const T* source;
-  T (*places)[kMatrix];
+  T (*buffers)[kMatrix];
   int count;
   int current = 0;
 
-  __device__ Matrices(const T* source, T (&places)[2][kMatrix], int count)
-      : source(source), places(places), count(count) {
+  __device__ Matrices(const T* source, T (&buffers)[2][kMatrix], int count)
+      : source(source), buffers(buffers), count(count) {
     fill(0);
   }
 
   __device__ void fill(int matrix) {
     constexpr int kNumbers = 16 / sizeof(T);
     for (int i = threadIdx.x * kNumbers; i < kMatrix; i += kThreads * kNumbers) {
-      copy_async(&places[matrix % 2][i], source + static_cast<int64_t>(matrix) * kMatrix + i);
+      copy_async(&buffers[matrix % 2][i], source + static_cast<int64_t>(matrix) * kMatrix + i);
     }
   }
 
-  // The next matrix. All threads are done with the last but one, whose place it fills.
+  // Waits for the next matrix and starts to copy the one after it, over the one before it: behind
+  // the barrier no thread reads that any more.
   __device__ const T* next() {
     wait_for_copies();
     __syncthreads();
     if (current + 1 < count) fill(current + 1);
-    return places[current++ % 2];
+    return buffers[current++ % 2];
   }
 };
 
-// One image's arguments for a thread.
+// A thread's numbers of two neighbouring channels in a channels-last map, [m][4] as one chunk has
+// them. `view.aligned` says that pairs may be moved in one access.
 template <class T>
-struct Inputs {
-  const T *features, *guidance;
-  Place<T, Tile<T>::kRows> place;
-};
+__device__ void load_pairs(const View<T, Tile<T>::kRows>& view, const T* map, int channel,
+                           float (&values)[Tile<T>::kCount][4]) {
+#pragma unroll
+  for (int j = 0; j < Tile<T>::kRows; ++j) {
+    const bool inside = view.first + j < view.positions;
+    const T* from = map + (view.first + j) * view.channels + channel;
+    Row<T, 2> pair{{narrow<T>(0.0f), narrow<T>(0.0f)}};
+    if (view.aligned) {
+      if (inside && channel < view.channels) move_row<T, 2>(&pair, from);
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        if (inside && channel + i < view.channels) pair.values[i] = from[i];
+      }
+    }
+    values[j / 2][2 * (j % 2)] = widen(pair.values[0]);
+    values[j / 2][2 * (j % 2) + 1] = widen(pair.values[1]);
+  }
+}
+
+// And back: writes chunk `n` of an accumulator.
+template <class T>
+__device__ void store_pairs(const View<T, Tile<T>::kRows>& view, T* map, int n,
+                            const typename Tile<T>::Accumulator& accumulator) {
+  const int channel = chunk_channel(n);
+#pragma unroll
+  for (int j = 0; j < Tile<T>::kRows; ++j) {
+    if (view.first + j >= view.positions) continue;
+    const float (&values)[4] = accumulator[j / 2][n];
+    const Row<T, 2> pair{{narrow<T>(values[2 * (j % 2)]), narrow<T>(values[2 * (j % 2) + 1])}};
+    T* to = map + (view.first + j) * view.channels + channel;
+    if (view.aligned) {
+      if (channel < view.channels) move_row<T, 2>(to, &pair);
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        if (channel + i < view.channels) to[i] = pair.values[i];
+      }
+    }
+  }
+}
 
 // Starts a convolution with its bias.
 template <class T>
-__device__ void start(typename Tile<T>::Accumulator& accumulator, const float* bias) {
+__device__ void start_with_bias(typename Tile<T>::Accumulator& accumulator, const float* bias) {
 #pragma unroll
   for (int n = 0; n < kChunks; ++n) {
     const auto pair = reinterpret_cast<const Row<float, 2>*>(bias)[chunk_channel(n) / 2];
@@ -75,7 +152,7 @@ __device__ void start(typename Tile<T>::Accumulator& accumulator, const float* b
 
 // accumulator += a reducing convolution of both maps, which are read from memory while its matrices
 // are on their way.
-template <class T, bool Full>
+template <class T, bool Full, bool Last>
 __device__ void convolve_maps(typename Tile<T>::Accumulator& accumulator, const Inputs<T>& inputs,
                               Matrices<T>& matrices) {
   using Shape = Tile<T>;
@@ -87,7 +164,11 @@ __device__ void convolve_maps(typename Tile<T>::Accumulator& accumulator, const 
     for (int n = 0; n < kChunks; ++n) {
       const int channel = chunk_channel(n);
       float values[Shape::kCount][4];
-      widen_rows(inputs.place.load(map, channel), inputs.place.load(map, channel + 1), values);
+      if constexpr (Last) {
+        load_pairs<T>(inputs.view, map, channel, values);
+      } else {
+        widen_rows(inputs.view.load(map, channel), inputs.view.load(map, channel + 1), values);
+      }
 #pragma unroll
       for (int m = 0; m < Shape::kCount; ++m) fragments[n][m] = to_fragment<T>(values[m]);
     }
@@ -120,38 +201,33 @@ struct PoolShared {
   float sums[kWarps][kChannels];
 };
 
-// Blocks: images times blocks an image. `pooled` [blocks, kChannels].
-template <class T, bool Full>
-__global__ void __launch_bounds__(kThreads)
-    pool_kernel(const T* features, const T* guidance, FoldedPointers<const T> folded, int channels,
-                int64_t positions, int blocks, bool vectors, float* pooled) {
+// `pooled` [images * blocks, kChannels]: each block writes its own sums.
+template <class T, bool Full, bool Last>
+__global__ void __launch_bounds__(kThreads) pool_kernel(Arguments<T> given, float* pooled) {
   using Shape = Tile<T>;
   auto& shared = shared_memory<PoolShared<T>>();
-  const int64_t image = blockIdx.x / blocks;
-  const int64_t map = image * channels * positions;
-  const Inputs<T> inputs = {
-      features + map,
-      guidance + map,
-      {thread_position<T>(blockIdx.x % blocks), positions, channels, vectors}};
+  const FoldedPointers<const T>& folded = given.folded;
+  const Inputs<T> inputs(given);
   Matrices<T> matrices(folded.matrices, shared.matrices, kPoolMatrices);
 
   typename Shape::Accumulator accumulator;
   FragmentA<T> hidden[kChunks][Shape::kCount];
-  start<T>(accumulator, folded.vectors + kReduceBias * kChannels);
-  convolve_maps<T, Full>(accumulator, inputs, matrices);
+  start_with_bias<T>(accumulator, folded.vectors + kReduceBias * kChannels);
+  convolve_maps<T, Full, Last>(accumulator, inputs, matrices);
   const float slope = folded.vectors[kSlopes * kChannels];
   to_fragments<T>(hidden, accumulator, [&](float v, int) { return prelu(v, slope); });
-  start<T>(accumulator, folded.vectors + kProjectBias * kChannels);
+  start_with_bias<T>(accumulator, folded.vectors + kProjectBias * kChannels);
   multiply<T, Full>(accumulator, hidden, matrices.next());
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  View<T, Shape::kRows> view = inputs.view;
+  view.aligned = given.global_aligned;
 #pragma unroll
   for (int n = 0; n < kChunks; ++n) {
     const int channel = chunk_channel(n);
     float weights[Shape::kCount][4];
     // Zero outside the map, so that what lies there does not count.
-    widen_rows(inputs.place.load(folded.global, channel),
-               inputs.place.load(folded.global, channel + 1), weights);
+    widen_rows(view.load(folded.global, channel), view.load(folded.global, channel + 1), weights);
     float even = 0, odd = 0;
 #pragma unroll
     for (int m = 0; m < Shape::kCount; ++m) {
@@ -178,7 +254,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 struct FuseShared {
   T matrices[2][kMatrix];
-  // Sums of a part of the inputs each, of one layer of the gate and of the next.
+  // Layer by layer of the gate: [part of the inputs][output]. One layer reads the sums of the last
+  // while it writes its own.
   float parts[2][kThreads / kChannels][kChannels];
   float gate[kChannels];
 };
@@ -195,6 +272,7 @@ __device__ void find_gate(FuseShared<T>& shared, const FoldedPointers<const T>& 
 #pragma unroll 1
   for (int layer = 0; layer < 3; ++layer) {
     __syncthreads();
+    // That of what comes in: of the global convolution, then of the layer before.
     const float* bias = folded.vectors + (kGlobalBias + layer) * kChannels;
     const T* matrix = folded.gate + layer * kMatrix;
     sum = 0;
@@ -212,39 +290,34 @@ __device__ void find_gate(FuseShared<T>& shared, const FoldedPointers<const T>& 
     for (int q = 0; q < kParts; ++q) logit += shared.parts[1][q][o];
     shared.gate[o] = sigmoid(logit);
   }
-  // Whoever reads the gate has waited for a matrix before.
+  // No barrier here: there is one in Matrices::next, before the gate is used.
 }
 
-template <class T, bool Full>
+template <class T, bool Full, bool Last>
 __global__ void __launch_bounds__(kThreads)
-    fuse_kernel(const T* features, const T* guidance, FoldedPointers<const T> folded, int channels,
-                int64_t positions, int blocks, bool vectors, const float* pooled, T* out) {
+    fuse_kernel(Arguments<T> given, const float* pooled, T* out) {
   using Shape = Tile<T>;
   auto& shared = shared_memory<FuseShared<T>>();
-  const int64_t image = blockIdx.x / blocks;
-  const int64_t map = image * channels * positions;
-  const Inputs<T> inputs = {
-      features + map,
-      guidance + map,
-      {thread_position<T>(blockIdx.x % blocks), positions, channels, vectors}};
+  const FoldedPointers<const T>& folded = given.folded;
+  const Inputs<T> inputs(given);
   Matrices<T> matrices(folded.matrices + kPoolMatrices * kMatrix, shared.matrices, kFuseMatrices);
-  find_gate<T>(shared, folded, pooled + image * blocks * kChannels, blocks);
+  find_gate<T>(shared, folded, pooled + inputs.image * given.blocks * kChannels, given.blocks);
 
   const float* slopes = folded.vectors + kSlopes * kChannels;
   typename Shape::Accumulator accumulator, result;
   FragmentA<T> hidden[kChunks][Shape::kCount];
-  start<T>(result, folded.vectors + kLastBias * kChannels);
-  // First u_2 to u_4, then u_3; loops that stay loops, because their bodies are long.
+  start_with_bias<T>(result, folded.vectors + kLastBias * kChannels);
+  // Branch 2 up to u_4, then branch 3; loops that stay loops, because their bodies are long.
 #pragma unroll 1
   for (int branch = 1; branch < kBranches; ++branch) {
-    start<T>(accumulator, folded.vectors + (kReduceBias + branch) * kChannels);
-    convolve_maps<T, Full>(accumulator, inputs, matrices);
+    start_with_bias<T>(accumulator, folded.vectors + (kReduceBias + branch) * kChannels);
+    convolve_maps<T, Full, Last>(accumulator, inputs, matrices);
     float slope = slopes[branch];
     to_fragments<T>(hidden, accumulator, [&](float v, int) { return prelu(v, slope); });
-    // x_2 = project_2 u_2 with its gate, then u_4.
+    // Of branch 2: gate * x_2 with x_2 = project_2 u_2, then u_4 = PReLU(reduce_4 (gate * x_2)).
 #pragma unroll 1
     for (int layer = 0; branch == 1 && layer < 2; ++layer) {
-      start<T>(accumulator, folded.vectors + (kProjectBias + 1 + layer) * kChannels);
+      start_with_bias<T>(accumulator, folded.vectors + (kProjectBias + 1 + layer) * kChannels);
       multiply<T, Full>(accumulator, hidden, matrices.next());
       slope = slopes[kBranches];
       to_fragments<T>(hidden, accumulator, [&](float v, int c) {
@@ -254,7 +327,45 @@ __global__ void __launch_bounds__(kThreads)
     multiply<T, Full>(result, hidden, matrices.next());
   }
 #pragma unroll
-  for (int n = 0; n < kChunks; ++n) store_chunk<T>(inputs.place, out + map, n, result);
+  for (int n = 0; n < kChunks; ++n) {
+    if constexpr (Last) {
+      store_pairs<T>(inputs.view, out + inputs.offset, n, result);
+    } else {
+      store_chunk<T>(inputs.view, out + inputs.offset, n, result);
+    }
+  }
+}
+
+// Whether pairs of channels may be moved in one access.
+template <class T>
+bool pairs_can_move(const CudaShape& shape, std::initializer_list<const void*> maps) {
+  bool aligned = shape.channels % 2 == 0;
+  for (const void* map : maps) {
+    aligned = aligned && reinterpret_cast<uintptr_t>(map) % (2 * sizeof(T)) == 0;
+  }
+  return aligned;
+}
+
+template <class T, bool Full, bool Last>
+const char* launch_both(const CudaShape& shape, const T* features, const T* guidance,
+                        const FoldedPointers<const T>& folded, T* out, float* pooled,
+                        void* stream) {
+  const int64_t blocks = blocks_an_image<T>(shape);
+  const dim3 grid = grid_of(shape.images * blocks);
+  if (grid.x == 0) return "AdaFM: too many positions for one launch";
+  const auto maps = {static_cast<const void*>(features), static_cast<const void*>(guidance),
+                     static_cast<const void*>(out)};
+  const Arguments<T> given = {features,
+                              guidance,
+                              folded,
+                              static_cast<int>(shape.channels),
+                              shape.positions,
+                              static_cast<int>(blocks),
+                              Last ? pairs_can_move<T>(shape, maps) : rows_can_move<T>(shape, maps),
+                              rows_can_move<T>(shape, {folded.global})};
+  const char* error = launch(pool_kernel<T, Full, Last>, grid, kThreads, stream, given, pooled);
+  if (error != nullptr) return error;
+  return launch(fuse_kernel<T, Full, Last>, grid, kThreads, stream, given, pooled, out);
 }
 
 }  // namespace
@@ -267,27 +378,18 @@ size_t inference_workspace_bytes(const CudaShape& shape) {
   });
 }
 
-const char* inference_cuda(const CudaShape& shape, const void* features, const void* guidance,
-                           const void* folded, void* out, void* workspace, void* stream) {
+const char* inference_cuda(const CudaShape& shape, bool channels_last, const void* features,
+                           const void* guidance, const void* folded, void* out, void* workspace,
+                           void* stream) {
   if (const char* error = refuse(shape)) return error;
   if (shape.images == 0) return nullptr;
   return dispatch(shape, [&](auto variant) -> const char* {
     using T = typename decltype(variant)::T;
     constexpr bool Full = decltype(variant)::Full;
-    const int64_t blocks = blocks_an_image<T>(shape);
-    const auto pointers = folded_pointers<const T>(shape, folded);
-    const bool vectors = rows_can_move<T>(shape, {features, guidance, out});
-    const dim3 grid = grid_of(shape.images * blocks);
-    if (grid.x == 0) return "AdaFM: too many positions for one launch";
-    const T *f = static_cast<const T*>(features), *g = static_cast<const T*>(guidance);
-    float* pooled = static_cast<float*>(workspace);
-    const int channels = static_cast<int>(shape.channels), each = static_cast<int>(blocks);
-    if (const char* error = launch(pool_kernel<T, Full>, grid, kThreads, stream, f, g, pointers,
-                                   channels, shape.positions, each, vectors, pooled)) {
-      return error;
-    }
-    return launch(fuse_kernel<T, Full>, grid, kThreads, stream, f, g, pointers, channels,
-                  shape.positions, each, vectors, pooled, static_cast<T*>(out));
+    const auto both = channels_last ? launch_both<T, Full, true> : launch_both<T, Full, false>;
+    return both(shape, static_cast<const T*>(features), static_cast<const T*>(guidance),
+                folded_pointers<const T>(shape, folded), static_cast<T*>(out),
+                static_cast<float*>(workspace), stream);
   });
 }
 

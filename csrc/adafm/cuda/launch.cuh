@@ -65,4 +65,16 @@ auto dispatch(const CudaShape& shape, const Action& action) {
   });
 }
 
+// Launches in turn; the first that fails ends the pass.
+struct Sequence {
+  const CudaShape& shape;
+  void* stream;
+  const char* error = nullptr;
+
+  template <class... Parameters, class... Arguments>
+  void run(const char* (*launch)(const CudaShape&, Parameters...), const Arguments&... arguments) {
+    if (error == nullptr) error = launch(shape, arguments..., stream);
+  }
+};
+
 }  // namespace lemma_fast::adafm

@@ -132,18 +132,18 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     write_kernel(const __grid_constant__ Source source, int64_t images, int channels,
-                 int64_t positions, bool vectors, T* out) {
+                 int64_t positions, bool aligned, T* out) {
   const int64_t each = (positions + kRow - 1) / kRow;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= images * channels * each) return;
-  const Place<T, kRow> place = {i % each * kRow, positions, channels, vectors};
+  const View<T, kRow> view = {i % each * kRow, positions, channels, aligned};
   const int64_t image = i / each / channels;
   const int channel = static_cast<int>(i / each % channels);
   float values[kRow];
-  read_source(source, place, image, channel, values);
+  read_source(source, view, image, channel, values);
   Row<T, kRow> row;
   for (int j = 0; j < kRow; ++j) row.values[j] = narrow<T>(values[j]);
-  place.store(out + image * channels * positions, channel, row);
+  view.store(out + image * channels * positions, channel, row);
 }
 
 // One block for `each` numbers of work.
@@ -175,10 +175,10 @@ const char* launch_write(const CudaShape& shape, const Source& source, void* out
   return dispatch_type(shape.dtype, [&](auto number) {
     using T = decltype(number);
     const int64_t each = (shape.positions + kRow - 1) / kRow;
-    const bool vectors = rows_can_move<T, kRow>(shape, {source.x, source.z, out});
+    const bool aligned = rows_can_move<T, kRow>(shape, {source.x, source.z, out});
     return launch(write_kernel<T>, grid_for(shape.images * shape.channels * each, kThreads),
                   kThreads, stream, source, shape.images, static_cast<int>(shape.channels),
-                  shape.positions, vectors, static_cast<T*>(out));
+                  shape.positions, aligned, static_cast<T*>(out));
   });
 }
 

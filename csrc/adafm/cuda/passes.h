@@ -37,10 +37,12 @@ size_t folded_bytes(const CudaShape& shape);
 const char* fold_cuda(const CudaShape& shape, const Weights<const float>& weights, void* folded,
                       void* stream);
 
-// Two launches: branch 1 with its global reduction; then all the rest.
+// Two launches: branch 1 with its global reduction; then all the rest. With `channels_last` all
+// three maps are [N, P, C].
 size_t inference_workspace_bytes(const CudaShape& shape);
-const char* inference_cuda(const CudaShape& shape, const void* features, const void* guidance,
-                           const void* folded, void* out, void* workspace, void* stream);
+const char* inference_cuda(const CudaShape& shape, bool channels_last, const void* features,
+                           const void* guidance, const void* folded, void* out, void* workspace,
+                           void* stream);
 
 // A forward pass that backward can follow. With `training`, batch statistics, and the running ones
 // in `weights` are updated (momentum 0.1, unbiased variance); N * P must be above 1. Without, the

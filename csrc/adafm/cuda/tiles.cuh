@@ -24,8 +24,8 @@
 //
 // So two accumulators of neighbouring chunks of 8 outputs, narrowed to 16 bits, are A of the next
 // product: c[0], c[1] of the first are a[0], its c[2], c[3] a[1], and the second's a[2] and a[3].
-// Chains of convolutions need no shared memory but for the matrices. fp32 goes through tf32's mma
-// of 8 inputs, two for these 16; its inputs t and t + 4 are 2t and 2t + 1, in A and B alike.
+// Chains of convolutions need no shared memory except for the matrices. fp32 goes through tf32's
+// mma of 8 inputs, two for these 16; its inputs t and t + 4 are 2t and 2t + 1, in A and B alike.
 //
 // Which position a row is, is free: a lane's rows of all its tiles are neighbours in memory, read
 // in one access.
@@ -160,19 +160,19 @@ __device__ void move_row(void* to, const void* from) {
   *static_cast<Words*>(to) = *static_cast<const Words*>(from);
 }
 
-// A thread's view of one image of maps [channels, positions]: `kRows` positions from `first`.
-// Channels and positions outside read as zero and are not written. `vectors` says that rows may be
-// moved in one access: all of them lie inside, aligned.
+// A thread's view of one image of maps [channels, positions]: `Rows` positions from `first`.
+// Channels and positions outside read as zero and are not written. With `aligned`, every row lies
+// inside the map or outside, and is moved in one access.
 template <class T, int Rows>
-struct Place {
+struct View {
   int64_t first, positions;
   int channels;
-  bool vectors;
+  bool aligned;
 
   __device__ Row<T, Rows> load(const T* map, int channel) const {
     Row<T, Rows> row;
     const T* from = map + channel * positions + first;
-    if (vectors && channel < channels && first < positions) {
+    if (aligned && channel < channels && first < positions) {
       move_row<T, Rows>(&row, from);
     } else {
       for (int j = 0; j < Rows; ++j) {
@@ -185,7 +185,7 @@ struct Place {
 
   __device__ void store(T* map, int channel, const Row<T, Rows>& row) const {
     T* to = map + channel * positions + first;
-    if (vectors && channel < channels && first < positions) {
+    if (aligned && channel < channels && first < positions) {
       move_row<T, Rows>(to, &row);
     } else {
       for (int j = 0; j < Rows; ++j) {
@@ -222,7 +222,7 @@ __device__ void widen_rows(const Row<T, Rows>& even, const Row<T, Rows>& odd,
 
 // And back: writes chunk `n` of an accumulator.
 template <class T>
-__device__ void store_chunk(const Place<T, Tile<T>::kRows>& place, T* map, int n,
+__device__ void store_chunk(const View<T, Tile<T>::kRows>& view, T* map, int n,
                             const typename Tile<T>::Accumulator& accumulator) {
 #pragma unroll
   for (int parity = 0; parity < 2; ++parity) {
@@ -232,7 +232,7 @@ __device__ void store_chunk(const Place<T, Tile<T>::kRows>& place, T* map, int n
       row.values[2 * m] = narrow<T>(accumulator[m][n][parity]);
       row.values[2 * m + 1] = narrow<T>(accumulator[m][n][2 + parity]);
     }
-    place.store(map, chunk_channel(n) + parity, row);
+    view.store(map, chunk_channel(n) + parity, row);
   }
 }
 

@@ -29,19 +29,19 @@ inline Source plain(const void* map) {
 }
 
 template <class T, int Rows>
-__device__ void read_source(const Source& source, const Place<T, Rows>& place, int64_t image,
+__device__ void read_source(const Source& source, const View<T, Rows>& view, int64_t image,
                             int channel, float (&values)[Rows]) {
-  const int64_t map = image * place.channels * place.positions;
-  if (channel >= place.channels) {
+  const int64_t map = image * view.channels * view.positions;
+  if (channel >= view.channels) {
     for (int j = 0; j < Rows; ++j) values[j] = 0;
     return;
   }
   if (source.shared) {
-    const Place<float, Rows> wide = {place.first, place.positions, place.channels, false};
+    const View<float, Rows> wide = {view.first, view.positions, view.channels, false};
     const auto row = wide.load(static_cast<const float*>(source.x), channel);
     for (int j = 0; j < Rows; ++j) values[j] = row.values[j];
   } else {
-    const auto row = place.load(static_cast<const T*>(source.x) + map, channel);
+    const auto row = view.load(static_cast<const T*>(source.x) + map, channel);
     for (int j = 0; j < Rows; ++j) values[j] = widen(row.values[j]);
   }
   if (source.scale) {
@@ -50,14 +50,14 @@ __device__ void read_source(const Source& source, const Place<T, Rows>& place, i
   }
   if (source.z) {
     const float second = source.second[channel];
-    const auto row = place.load(static_cast<const T*>(source.z) + map, channel);
+    const auto row = view.load(static_cast<const T*>(source.z) + map, channel);
     for (int j = 0; j < Rows; ++j) values[j] += second * widen(row.values[j]);
   }
   if (source.slope) {
     for (int j = 0; j < Rows; ++j) values[j] = prelu(values[j], *source.slope);
   }
   if (source.gate) {
-    const float gate = source.gate[image * place.channels + channel];
+    const float gate = source.gate[image * view.channels + channel];
     for (int j = 0; j < Rows; ++j) values[j] *= gate;
   }
 }

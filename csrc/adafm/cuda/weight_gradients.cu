@@ -37,15 +37,15 @@ struct WeightGradientShared {
 // Writes a source's numbers at kDepth positions of one image, and zeros outside it.
 template <class T>
 __device__ void stage(const Source& source, int64_t image, int64_t first, int channels,
-                      int64_t positions, bool vectors, T (&to)[kChannels][kStride]) {
+                      int64_t positions, bool aligned, T (&to)[kChannels][kStride]) {
   constexpr int kRows = kDepth / kRow;
   const int column = static_cast<int>(threadIdx.x) % kRows * kRow;
-  const Place<T, kRow> place = {first + column, positions, channels, vectors};
+  const View<T, kRow> view = {first + column, positions, channels, aligned};
   for (int c = threadIdx.x / kRows; c < kChannels; c += kThreads / kRows) {
     float values[kRow];
-    read_source(source, place, image, c, values);
+    read_source(source, view, image, c, values);
     for (int j = 0; j < kRow; ++j) {
-      to[c][column + j] = narrow<T>(place.first + j < positions ? values[j] : 0.0f);
+      to[c][column + j] = narrow<T>(view.first + j < positions ? values[j] : 0.0f);
     }
   }
 }
@@ -74,7 +74,7 @@ __device__ FragmentB<T> right_fragment(const T* row) {
 template <class T, bool Full>
 __global__ void __launch_bounds__(kThreads)
     weight_gradient_kernel(const __grid_constant__ WeightGradients work, int64_t tiles, int each,
-                           int channels, int64_t positions, bool vectors, float* partials) {
+                           int channels, int64_t positions, bool aligned, float* partials) {
   // Warps share out 16 outputs each, and what is left of them the inputs.
   constexpr int kAcross = kChannels / 16;
   constexpr int kWidth = kChunks / (kWarps / kAcross);
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kThreads)
   float left_sum = 0;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t image = tile / each, first = tile % each * kDepth;
-    stage<T>(product.left, image, first, channels, positions, vectors, shared.left);
-    stage<T>(product.right, image, first, channels, positions, vectors, shared.right);
+    stage<T>(product.left, image, first, channels, positions, aligned, shared.left);
+    stage<T>(product.right, image, first, channels, positions, aligned, shared.right);
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
@@ -155,15 +155,15 @@ const char* launch_weight_gradients(const CudaShape& shape, const WeightGradient
   return dispatch(shape, [&](auto variant) -> const char* {
     using V = decltype(variant);
     using T = typename V::T;
-    bool vectors = true;
+    bool aligned = true;
     for (const WeightGradient& product : gradients.products) {
-      vectors = vectors && rows_can_move<T, kRow>(shape, {product.left.x, product.left.z,
+      aligned = aligned && rows_can_move<T, kRow>(shape, {product.left.x, product.left.z,
                                                           product.right.x, product.right.z});
     }
     const dim3 grid(static_cast<unsigned>(splits(shape)), kWeightGradients);
     const char* error = launch(weight_gradient_kernel<T, V::Full>, grid, kThreads, stream,
                                gradients, shape.images * each, static_cast<int>(each), channels,
-                               shape.positions, vectors, partials);
+                               shape.positions, aligned, partials);
     if (error != nullptr) return error;
     constexpr int kBlocks = (kPartialNumbers + kThreads - 1) / kThreads;
     return launch(collect_kernel, dim3(kBlocks, kWeightGradients), kThreads, stream, gradients,

@@ -9,10 +9,13 @@ from tiny_network import tiny_config
 from lemma_fast import LEMMA, LemmaConfig, load
 from lemma_fast.bench import stages
 from lemma_fast.bench import training as training_steps
-from lemma_fast.bench import variants as bench
+from lemma_fast.bench.environment import environment
+from lemma_fast.bench.inference import SAME_LENGTHS, TOLERANCE, time_model
+from lemma_fast.bench.plan import Plan, crops, precision
 from lemma_fast.bench.run import as_line, run
-from lemma_fast.bench.timing import Clock, Rates, Timed, environment, in_turn, ratios, spread
-from lemma_fast.bench.variants import Plan, Unavailable, Variants, count_work, precision, time_model
+from lemma_fast.bench.timing import Clock, Rates, Timed, in_turn, ratios, spread
+from lemma_fast.bench.variants import Unavailable, Variants
+from lemma_fast.bench.work import count_work
 
 CPU = torch.device("cpu")
 PLAN = Plan((1, 2), ("float32",), ("reference", "compiled"), seconds=0.0, rounds=(2, 2))
@@ -168,10 +171,10 @@ def test_a_variant_that_cannot_run_stops_no_other(model, monkeypatch, raised, st
 
 def test_an_error_between_timings_costs_its_batch_size_alone(model, monkeypatch):
     def out_of_memory(*arguments):
-        monkeypatch.setattr(bench, "in_turn", in_turn)
+        monkeypatch.setattr("lemma_fast.bench.inference.in_turn", in_turn)
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(bench, "in_turn", out_of_memory)
+    monkeypatch.setattr("lemma_fast.bench.inference.in_turn", out_of_memory)
     plan = Plan((2, 1), ("float32",), ("reference",), 0.0, (1, 1))
     rows = [row for rows in time_model("tiny", model, CPU, plan) for row in rows]
     assert [(row["batch"], row["status"]) for row in rows] == [(2, "failed"), (1, "timed")]
@@ -179,8 +182,8 @@ def test_an_error_between_timings_costs_its_batch_size_alone(model, monkeypatch)
 
 
 def test_a_half_type_may_stray_twice_as_far_as_the_reference_does(model, monkeypatch):
-    monkeypatch.setitem(bench.TOLERANCE, "bfloat16", 0.0)
-    monkeypatch.setitem(bench.SAME_LENGTHS, "bfloat16", 0.0)
+    monkeypatch.setitem(TOLERANCE, "bfloat16", 0.0)
+    monkeypatch.setitem(SAME_LENGTHS, "bfloat16", 0.0)
     monkeypatch.setattr(Variants, "_compiled", Variants._reference)
     plan = Plan((1,), ("bfloat16",), ("reference", "compiled"), 0.0, (1, 1))
     reference, compiled = next(time_model("tiny", model, CPU, plan))
@@ -190,7 +193,7 @@ def test_a_half_type_may_stray_twice_as_far_as_the_reference_does(model, monkeyp
 
 def test_every_stage_of_the_reference_is_seen():
     model = LEMMA(LemmaConfig.small()).eval()
-    lr = bench.crops(model, 1, CPU)
+    lr = crops(model, 1, CPU)
     shares = stages.stage_shares(model, lr, CPU, rounds=2)
     assert set(shares) == {*stages.STAGES, stages.REST}
     # The hooks are gone.
@@ -225,7 +228,7 @@ def test_a_training_step_may_stray_twice_as_far_as_the_references(model, monkeyp
         return loss, gradient * (1 + off) if kind == "bfloat16" else gradient
 
     monkeypatch.setattr(training_steps.Training, "_gradients", strayed)
-    monkeypatch.setitem(bench.TOLERANCE, "bfloat16", 0.0)
+    monkeypatch.setitem(TOLERANCE, "bfloat16", 0.0)
     training = training_steps.Training("tiny", model, CPU, PLAN, 2, judge=model)
     found = {v: training._compared(v, "bfloat16") for v in training_steps.TRAINABLE}
     assert [found[v].get("status") for v in training_steps.TRAINABLE] == [None, "differs", None]
@@ -250,7 +253,7 @@ def test_training_steps_that_cannot_run_are_rows_all_the_same(model, monkeypatch
         raise torch.OutOfMemoryError("too large")
 
     monkeypatch.setattr(training_steps.Training, "_trainable", broken)
-    monkeypatch.setattr(bench, "in_turn", out_of_memory)
+    monkeypatch.setattr("lemma_fast.bench.inference.in_turn", out_of_memory)
     rows = list(training_steps.time_training("tiny", model, CPU, PLAN, 2, judge=model))
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert "too large" in rows[0]["reason"]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import report
+import tables
 
 ABOUT = {
     "device": "Some GPU",
@@ -154,7 +155,7 @@ def test_an_unknown_marker_is_named(results):
      (9.87e-7, "0.99 µs")],
 )  # fmt: skip
 def test_durations_have_three_figures(seconds, text):
-    assert report.duration(seconds) == text
+    assert tables.duration(seconds) == text
 
 
 def test_plot_is_the_same_for_the_same_json(results):

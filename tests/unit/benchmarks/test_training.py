@@ -85,6 +85,17 @@ def test_wheels_are_unpacked_where_steps_find_them(tmp_path, folder):
     assert ran.stdout.strip().endswith("site/carried.py"), ran.stderr
 
 
+def test_the_digest_of_the_sources_covers_every_folder(tmp_path, monkeypatch):
+    deep = tmp_path / "csrc" / "adafm" / "cuda" / "inference.cu"
+    deep.parent.mkdir(parents=True)
+    deep.write_text("one")
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(bundle, "ROOT", tmp_path)
+    before = bundle.sources()
+    deep.write_text("another")
+    assert bundle.sources() != before
+
+
 def test_a_library_is_taken_only_with_its_own_sources(folder):
     (folder / bundle.LIBRARY).write_bytes(b"")
     assert Bundle(folder).environment() == {}

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from lemma_fast.kernels.bigru import _sizes
+from lemma_fast.kernels.bigru_step import sizes_and_blocks
 from lemma_fast.kernels.sparse_cross_attention_backward import Sizes
 from lemma_fast.ops.precision import convolutions_allow_tf32, products_allow_tf32, tensor_cores
 
@@ -113,5 +113,8 @@ def test_kernels_take_what_products_may(name, tf32):
     USES[name][0]()
     with tensor_cores(tf32):
         features, weights = torch.zeros(1, 32, 4, 4), [torch.zeros(96, 32)] * 2
-        taken = _sizes(features, 2, weights)[2][3], Sizes(*[16] * 7).launch(4)["PRECISION"]
+        taken = (
+            sizes_and_blocks(features, 2, weights)[2][3],
+            Sizes(*[16] * 7).launch(4)["PRECISION"],
+        )
     assert taken == (("tf32", "tf32") if tf32 else ("tf32x3", "tf32x3"))

@@ -36,6 +36,23 @@ def test_reads_words_in_order(jobs):
 
 
 @needs_program
+def test_reads_lines_of_any_size_and_finds_their_words():
+    image = Image.new("RGB", (300, 40), (230, 230, 230))
+    font = ImageFont.load_default(24)
+    ImageDraw.Draw(image).text((150, 20), "street  museum", (0, 0, 0), font, anchor="mm")
+    blank = np.full((20, 60, 3), 255, np.uint8)
+    lines = load_recognizer("tesseract", jobs=2).read_lines([np.asarray(image), blank])
+    assert [found.text for found in lines] == ["street museum", ""]
+    street, museum = lines[0].words
+    ink = np.flatnonzero((np.asarray(image) < 128).any((0, 2))) / 300
+    assert street.left == pytest.approx(ink[0], abs=0.02)
+    assert museum.right == pytest.approx(ink[-1], abs=0.02)
+    assert 0.4 < street.right < museum.left < 0.6
+    assert lines[0].confidence == min(street.confidence, museum.confidence) > 0.5
+    assert (lines[1].confidence, lines[1].words) == (0.0, ())
+
+
+@needs_program
 def test_no_images_are_no_readings():
     assert load_recognizer("tesseract").read(torch.zeros(0, 3, 32, 128)) == []
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import stat
 
 import pytest
 from tiny_sets import encoded, folder_of_pairs, in_a_child, other_lmdb, picture, write_lmdb
@@ -217,3 +218,15 @@ def test_a_mount_point_is_said_before_the_work(tmp_path, monkeypatch, make):
     with pytest.raises(ValueError, match="is a mount point"):
         pack(folder_of_pairs(tmp_path / "pairs"), tmp_path / "out", overwrite=True)
     assert _names(tmp_path / "out") == [name[4:] for name in before if name.startswith("out/")]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_the_mode_of_a_set_is_what_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with PairWriter(tmp_path / "set") as writer:
+            writer.add("a", b"hr", b"lr")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "set" / "data.mdb").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / "set").stat().st_mode) == 0o777 & ~umask

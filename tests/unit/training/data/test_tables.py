@@ -44,6 +44,8 @@ _ROW = b"hr/1.png,lr/1.png,"
         ("jsonl", b'{"label": ' + b"9" * 5000 + b"}", ":1 is not JSON"),
         ("jsonl", b'{"hr": "a", "label": ["a"]}', ":1: label is neither text nor a number"),
         ("jsonl", b'{"hr": "a", "label": "caf\xe9"}', ":1: not UTF-8"),
+        ("jsonl", b'{"hr": "hr/1.png", "label": NaN}', ":1 is not JSON: NaN"),
+        ("jsonl", b'{"hr": "hr/1.png", "label": "a", "label": "b"}', ":1 is not JSON: .* twice"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_named_with_its_line(tmp_path, name, content, message):
@@ -55,6 +57,16 @@ def test_a_table_that_cannot_be_read_is_named_with_its_line(tmp_path, name, cont
             read(root)
         assert str(raised.value).startswith(f"{root}/labels.{name}")
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("name", ["LABELS.CSV", "Labels.csv"])
+def test_a_table_in_capitals_is_found(tmp_path, name):
+    root = folder_of_pairs(tmp_path / "pairs")
+    (root / "labels.csv").rename(root / name)
+    assert inspect(root).crops == 3
+    (root / "labels.Jsonl").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="needs one of"):
+        inspect(root)
 
 
 @pytest.mark.parametrize("label", ["1,000", "a,b,c"])

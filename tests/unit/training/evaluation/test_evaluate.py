@@ -16,6 +16,7 @@ from lemma_fast import LEMMA
 from lemma_fast.recognizers import Reading
 from lemma_fast.training.data.pairs import TextZoomDataset
 from lemma_fast.training.evaluation import report
+from lemma_fast.training.evaluation.contact_sheet import contact_sheet, notable
 from lemma_fast.training.evaluation.evaluate import (
     PriorReader,
     Row,
@@ -248,9 +249,9 @@ def test_nothing_to_evaluate_is_an_error():
 
 
 def test_notable_crops_are_best_median_and_worst():
-    groups = report.notable([_subset("a", [1] * 5, gain=[3, -1, 0, 9, 1]), _subset("b", [1])], 1)
+    groups = notable([_subset("a", [1] * 5, gain=[3, -1, 0, 9, 1]), _subset("b", [1])], 1)
     assert groups == {"best": [(0, 3)], "median": [(0, 4)], "worst": [(0, 1)]}
-    many = report.notable([_subset("a", [1] * 5, gain=[3, -1, 0, 9, 1])], 4)
+    many = notable([_subset("a", [1] * 5, gain=[3, -1, 0, 9, 1])], 4)
     shown = [place for group in many.values() for place in group]
     assert len(shown) == len(set(shown)) == 3
 
@@ -285,6 +286,9 @@ def _printed(summary, width, terminal=True):
         (100, "r", True, 2),
         (80, "r", False, 1),
         (56, "r", False, 2),
+        # As a list.
+        (40, "r", True, 0),
+        (40, "prior tesseract", True, 0),
         (220, "prior tesseract", True, 1),
         (80, "prior tesseract", False, 3),
     ],
@@ -306,7 +310,7 @@ def test_a_pipe_gets_the_whole_table(name):
     summary = summarize([_subset(name, [1, 0, 0, 1])])
     _is_whole(_printed(summary, 80, terminal=False), summary, True)
     # On a terminal that is too narrow for every form nothing is cut either.
-    _is_whole(_printed(summary, 20), summary, False)
+    _is_whole(_printed(summary, 20), summary, True)
 
 
 def _is_whole(shown, summary, intervals):
@@ -321,7 +325,7 @@ def test_a_folder_of_results(network, crops, tmp_path):
     readers = {"r": Counter()}
     subset = measure(network, "set", crops, readers)
     summary = summarize([subset])
-    sheet = report.contact_sheet(network, [subset], [crops], readers)
+    sheet = contact_sheet(network, [subset], [crops], readers)
     # Heads, then three rows of each group; five columns of doubled crops.
     assert sheet.width > 5 * 256
     assert sheet.height > 9 * 64
@@ -340,5 +344,5 @@ def test_a_folder_of_results(network, crops, tmp_path):
     assert content["results"]["set"]["HR"]["r accuracy"]["mean"] == pytest.approx(0.2)
     assert "| set (10) | bicubic | 20.0 [" in paths[1].read_text()
     without = measure(network, "set", crops, {})
-    sheet = report.contact_sheet(network, [without], [crops], {})
+    sheet = contact_sheet(network, [without], [crops], {})
     assert len(report.write(tmp_path / "bare", summarize([without]), {}, sheet)) == 3

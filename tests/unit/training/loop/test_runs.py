@@ -15,8 +15,9 @@ from tiny_training import READING, stage_of, write_config
 import lemma_fast
 from lemma_fast.recognizers import load_recognizer
 from lemma_fast.training.data.batches import EncodedCrops, split
+from lemma_fast.training.loop.curves import read_curves
 from lemma_fast.training.loop.fit import fit
-from lemma_fast.training.loop.folder import read_curves, write_checkpoint
+from lemma_fast.training.loop.folder import write_checkpoint
 from lemma_fast.training.loop.stages import RestorationStage
 from lemma_fast.training.settings.schema import choose
 from lemma_fast.training.settings.values import SettingsError

@@ -9,9 +9,22 @@ from hypothesis import strategies as st
 from tiny_training import stage_of, write_baselines, write_config
 
 import lemma_fast
+from lemma_fast.baselines import BaselineConfig
 from lemma_fast.training.settings import schema as settings
+from lemma_fast.training.settings.checks import READING
 from lemma_fast.training.settings.schema import OptimizerSettings, Settings, choose
 from lemma_fast.training.settings.values import SettingsError, packaged
+
+# Batch, learning rate, and what of the objective is not 100 times the mean square.
+PUBLISHED = {
+    "rcan": (128, 1e-3, {"distance": "l1"}),
+    "san": (128, 1e-3, {"distance": "l1"}),
+    "tbsrn": (16, 1e-4, {"text_focus": 1}),
+    "pcan": (128, 1e-3, {"edges": 1e-4}),
+    "tg": (16, 1e-4, {"strokes": 50}),
+    "tatt": (64, 1e-3, {"gradient_profile": 1e-4, "teaching": 1, "rotation": 0.1}),
+    "c3-stisr": (48, 1e-3, {"scale": 20, "text_focus": 1, "teaching": 0.05, "spelling": 0.01}),
+}
 
 
 @pytest.mark.parametrize(
@@ -164,14 +177,40 @@ def test_packaged_configs_are_valid(name):
         # Like with like: what is not the network's or its loss's is LEMMA's.
         for stage in settings.BASELINES:
             found = chosen[stage]
-            for entry in ("data", "run", "seed", "output", "select", "optimizer", "export"):
+            for entry in ("data", "seed", "output", "select", "export"):
+                assert getattr(found, entry) == getattr(lemma, entry), (stage, entry)
+            paper = BaselineConfig.paper(stage)
+            rectified = name.startswith("textzoom") and paper.rectification
+            assert found.baseline_config() == dataclasses.replace(paper, rectification=rectified)
+            if name.startswith("textzoom") and stage in PUBLISHED:
+                continue
+            for entry in ("run", "optimizer"):
                 assert getattr(found, entry) == getattr(lemma, entry), (stage, entry)
             for entry in ("scale", "distance"):
                 assert getattr(found.loss, entry) == getattr(lemma.loss, entry), (stage, entry)
             assert found.loss.weights.text_focus == 0
             assert (found.loss.gradient_profile > 0) == (stage == "tsrn")
-            rectified = name.startswith("textzoom") and stage == "tsrn"
-            assert found.baseline_config().rectification == rectified
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_baselines_on_textzoom_are_taught_as_published(stage):
+    found = stage_of("textzoom-baselines", stage)
+    batch, rate, objective = PUBLISHED[stage]
+    assert (found.run.batch_size, found.run.epochs) == (batch, 500)
+    optimizer = found.optimizer
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.clip) == (rate, "constant", 0.25)
+    assert optimizer.betas == (0.5, 0.999)
+    if stage in READING:
+        assert optimizer.prior_learning_rate == rate
+    loss = dataclasses.asdict(found.loss)
+    weights = loss.pop("weights")
+    none = {"text_focus": 0.0, "scale": 100.0, "distance": "mse"}
+    for name in ("gradient_profile", "edges", "strokes", "teaching", "spelling", "rotation"):
+        none[name] = 0.0
+    for name, expected in {**none, **objective}.items():
+        assert {**loss, **weights}[name] == expected, name
+    if "text_focus" in objective:
+        assert (weights["attention"], weights["confusion"]) == (10, 0.0005)
 
 
 def test_the_paper_is_the_base_config():
@@ -256,3 +295,41 @@ def test_names_of_files_need_not_be_utf8(tmp_path):
     chosen = stage_of(write_config(tmp_path), "lemma", f"output={name}", f"data.train={name}/a: b")
     assert chosen.output == name
     assert chosen.data.train == (f"{name}/a: b",)
+    chosen = stage_of(tmp_path / "tiny.yaml", "lemma", f"data.train=[{name}, b, '{name}: c']")
+    assert chosen.data.train == (name, "b", f"{name}: c")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "base"])
+def test_a_packaged_name_is_never_a_file_that_lies_about(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    wanted = choose("small-synthetic")
+    if kind == "folder":
+        (tmp_path / "small-synthetic").mkdir()
+    else:
+        (tmp_path / "small-synthetic").write_text("stages: {}")
+    (tmp_path / "mine.yaml").write_text("base: small-synthetic")
+    assert choose("mine.yaml" if kind == "base" else "small-synthetic") == wanted
+    if kind == "file":
+        with pytest.raises(SettingsError, match="names no stage"):
+            choose("./small-synthetic")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run: {steps: 3", "line 1, column 15"),
+        ("run:\n\tsteps: 3", "line 2, column 1"),
+        ("a: \x02", "#x0002"),
+        ("a: !!python/object:os.x {}", "line 1, column 4"),
+        ("a: [b\nc: d", "line 2"),
+    ],
+)
+def test_what_is_not_yaml_is_said_in_one_line(tmp_path, text, said):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=f"broken.yaml is not YAML: .*{said}") as caught:
+        choose(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SettingsError, match="is not YAML") as caught:
+        choose("small-synthetic", "all", [f"data={text}"])
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import multiprocessing
 import shutil
 import subprocess
 
@@ -92,6 +93,25 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path, fonts):
     with pytest.raises(RuntimeError, match="stopped"):
         synthesize(tmp_path / "set", 2, 0, fonts=[fonts], dictionary="builtin", progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_is_killed_ends_the_work(tmp_path, fonts):
+    def killing(done):
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(OSError, match="a process that draws was killed.* fewer --jobs"):
+        synthesize(
+            tmp_path / "set",
+            100_000,
+            0,
+            2,
+            fonts=[fonts],
+            dictionary="builtin",
+            progress=killing,
+        )
+    assert not list(tmp_path.iterdir())
+    assert not multiprocessing.active_children()
 
 
 def test_pairs_show_one_picture_at_two_sizes(renderer):
