@@ -170,7 +170,7 @@ def photograph(hr: Tensor, labels: Sequence[str], seeds: Sequence[int]) -> Photo
     canvas[..., :rows, :columns] = hr.float()
     twice = draws.uniform() < _of([camera.twice for camera in cameras], kind)
     first, first_size = _taken(canvas, size, aspect, (FIRST,), torch.zeros_like(kind), draws)
-    canvas = torch.where(twice[:, None, None, None], first, canvas)
+    canvas = torch.where(_wide(twice), first, canvas)
     size = torch.where(twice[:, None], first_size, size)
     canvas, size = _taken(canvas, size, aspect, cameras, kind, draws)
 
@@ -233,13 +233,10 @@ def _taken(
     motion = torch.stack((length * along, length * ~along), 1)
     light = (canvas / 255).square()
     seen = _resampled(light, size, taken, "lens", lens.clamp(min=0.0), motion)
-    shrunk = torch.where(
-        by_area[:, None, None, None],
-        _resampled(light, size, taken, "area"),
-        # In grey levels, as programs do it.
-        (_resampled(canvas, size, taken, "bicubic") / 255).clamp(0, 1).square(),
-    )
-    light = torch.where(plain[:, None, None, None], shrunk, seen)
+    # In grey levels, as programs do it.
+    area, bicubic = (_resampled(canvas, size, taken, kernel) for kernel in ("area", "bicubic"))
+    shrunk = (torch.where(_wide(by_area), area, bicubic) / 255).clamp(0, 1).square()
+    light = torch.where(_wide(plain), shrunk, seen)
 
     contrast = _wide(draws.between([c.contrast for c in cameras], kind))
     own = light.mean((1, 2, 3))
@@ -267,7 +264,7 @@ def _taken(
     coded = jpeg.compress(_placed(image, taken, phase), quality)
     coded = _placed(coded, taken, -phase, phase + taken)
     compressed = draws.uniform() < _of([c.compressed for c in cameras], kind)
-    return torch.where(compressed[:, None, None, None], coded, image), taken
+    return torch.where(_wide(compressed), coded, image), taken
 
 
 def _wide(values: Tensor) -> Tensor:
