@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (BarColumn, MofNCompleteColumn, Progress, ProgressColumn,
+                           TextColumn, TimeRemainingColumn)  # fmt: skip
 from torch import Tensor
 
 from lemma_fast.atomic import replace_file
@@ -366,10 +367,14 @@ def rate_factor(settings: OptimizerSettings, step: int, per_epoch: int, total: i
 
 
 def _progress_bar(shown: bool) -> Progress:
-    """A bar on standard error; nothing where that is no terminal."""
+    """A bar on standard error; nothing where that is no terminal, no number cut where it is narrow."""
     console = plain_console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), MofNCompleteColumn()]
+    if console.width >= 60:
+        columns.append(TextColumn("{task.fields[note]}"))
+    if console.width >= 80:
+        columns[1:1] = [BarColumn()]
+        columns[3:3] = [TimeRemainingColumn()]
     return Progress(*columns, console=console, disable=not (shown and console.is_terminal))
 
 
