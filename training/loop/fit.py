@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
-from rich.progress import (BarColumn, MofNCompleteColumn, Progress, ProgressColumn,
-                           TextColumn, TimeRemainingColumn)  # fmt: skip
+from rich import progress
 from torch import Tensor
 
 from lemma_fast.atomic import replace_file
@@ -168,8 +167,6 @@ class Run:
         agree = Agreement(fabric)
         word = "stopping after this step" if self.leads else ""
         with self.bar, signals.held(word) as received:
-            for text in skipped_lines(self.left_out, "`lemma-fast data inspect` lists all"):
-                self.say(text)
             if self.step:
                 self.say(f"{self.settings.stage}: going on from step {self.step}")
             for batch in loaded(self.crops, batches, self.settings.data.workers):
@@ -366,16 +363,19 @@ def rate_factor(settings: OptimizerSettings, step: int, per_epoch: int, total: i
     return warm
 
 
-def _progress_bar(shown: bool) -> Progress:
-    """A bar on standard error; nothing where that is no terminal, no number cut where it is narrow."""
+def _progress_bar(shown: bool) -> progress.Progress:
+    """A bar on standard error, where that is a terminal; a narrow one cuts no number of it."""
     console = plain_console(stderr=True)
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), MofNCompleteColumn()]
+    columns: list[progress.ProgressColumn] = [
+        progress.TextColumn("{task.description}"),
+        progress.MofNCompleteColumn(),
+    ]
     if console.width >= 60:
-        columns.append(TextColumn("{task.fields[note]}"))
+        columns.append(progress.TextColumn("{task.fields[note]}"))
     if console.width >= 80:
-        columns[1:1] = [BarColumn()]
-        columns[3:3] = [TimeRemainingColumn()]
-    return Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+        columns[1:1] = [progress.BarColumn()]
+        columns[3:3] = [progress.TimeRemainingColumn()]
+    return progress.Progress(*columns, console=console, disable=not (shown and console.is_terminal))
 
 
 @contextmanager
