@@ -167,6 +167,8 @@ class Run:
         agree = Agreement(fabric)
         word = "stopping after this step" if self.leads else ""
         with self.bar, signals.held(word) as received:
+            for text in skipped_lines(self.left_out, "`lemma-fast data inspect` lists all"):
+                self.say(text)
             if self.step:
                 self.say(f"{self.settings.stage}: going on from step {self.step}")
             for batch in loaded(self.crops, batches, self.settings.data.workers):
