@@ -61,7 +61,7 @@ class Summary:
 
 def subset_name(path: Path) -> str:
     """`easy` for `test/easy` and `test_easy.lmdb`: what the weights of TextZoom go by."""
-    name = path.name.removesuffix(".lmdb")
+    name = path.stem if path.suffix.lower() == ".lmdb" else path.name
     short = name.removeprefix("test_").removeprefix("test-")
     return short if short in TEXTZOOM_COUNTS else name
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich import progress
 from torch import Tensor
 
 from lemma_fast.atomic import replace_file
@@ -365,12 +365,19 @@ def rate_factor(settings: OptimizerSettings, step: int, per_epoch: int, total: i
     return warm
 
 
-def _progress_bar(shown: bool) -> Progress:
-    """A bar on standard error; nothing where that is no terminal."""
+def _progress_bar(shown: bool) -> progress.Progress:
+    """A bar on standard error, where that is a terminal; a narrow one cuts no number of it."""
     console = plain_console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
-    return Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+    columns: list[progress.ProgressColumn] = [
+        progress.TextColumn("{task.description}"),
+        progress.MofNCompleteColumn(),
+    ]
+    if console.width >= 60:
+        columns.append(progress.TextColumn("{task.fields[note]}"))
+    if console.width >= 80:
+        columns[1:1] = [progress.BarColumn()]
+        columns[3:3] = [progress.TimeRemainingColumn()]
+    return progress.Progress(*columns, console=console, disable=not (shown and console.is_terminal))
 
 
 @contextmanager
