@@ -234,7 +234,8 @@ def _taken(
     light = (canvas / 255).square()
     seen = _resampled(light, size, taken, "lens", lens.clamp(min=0.0), motion)
     # In grey levels, as programs do it.
-    area, bicubic = (_resampled(canvas, size, taken, kernel) for kernel in ("area", "bicubic"))
+    area = _resampled(canvas, size, taken, "area")
+    bicubic = _resampled(canvas, size, taken, "bicubic")
     shrunk = (torch.where(_wide(by_area), area, bicubic) / 255).clamp(0, 1).square()
     light = torch.where(_wide(plain), shrunk, seen)
 
