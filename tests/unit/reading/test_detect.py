@@ -40,6 +40,7 @@ def scene():
     return image.filter(ImageFilter.GaussianBlur(1))
 
 
+@pytest.mark.slow
 @needs_package
 def test_a_scene_is_read_without_a_network(scene, monkeypatch):
     def refused(*arguments, **named):
