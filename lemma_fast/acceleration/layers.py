@@ -151,8 +151,10 @@ class Conv(nn.Module):
         return x if self.slope is None else F.prelu(x, self.slope)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """Convolve on CUDA, without what follows."""
-        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+        """Convolve on CUDA, without what follows; channels-last, as `bias_act` takes it."""
+        x = F.conv2d(x, self.weight, None, self.stride, self.padding)
+        # A copy only where cuDNN is switched off.
+        return x.contiguous(memory_format=torch.channels_last)
 
     def upsampled(self, x: Tensor, size: Sequence[int], add: Tensor | None = None) -> Tensor:
         """With the fused kernels: activation(conv(x)) + `add`, to the nearest in `size`."""
