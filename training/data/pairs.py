@@ -136,13 +136,8 @@ class PairDataset(Dataset[Crop]):
             lr, hr, labels, ids = self._memory
             at = torch.as_tensor(places, dtype=torch.long)
             return lr[at], hr[at], [labels[i] for i in places], [ids[i] for i in places]
-        pairs = [self.pair(place) for place in places]
-        return (
-            _stacked([pair.lr for pair in pairs]),
-            _stacked([pair.hr for pair in pairs]),
-            [pair.label for pair in pairs],
-            [pair.id for pair in pairs],
-        )
+        small, large, names, known = zip(*(self.pair(place) for place in places), strict=True)
+        return _stacked(small), _stacked(large), list(names), list(known)
 
     def check(self) -> list[Skipped]:
         """Decode every record, leave out those that fail, and return all that is left out."""
