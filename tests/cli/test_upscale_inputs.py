@@ -325,14 +325,14 @@ def test_a_pattern_into_folders_too_deep_is_one_sentence(run, monkeypatch):
 def test_a_folder_that_takes_no_results_is_found_out_before_the_network(
     run, crop, tmp_path, echo, monkeypatch
 ):
-    from lemma_fast.cli import stream
+    from lemma_fast.cli import targets
     from lemma_fast.outputs import OutputError
 
     def refuse(folder):
         if folder.name == "closed":
             raise OutputError(f"cannot write to {folder}: permission denied")
 
-    monkeypatch.setattr(stream, "check_folder", refuse)
+    monkeypatch.setattr(targets, "check_folder", refuse)
     for name in ("open/a.png", "closed/b.png", "closed/c.png", "open2/d.png"):
         crop(name)
     ran = run("upscale", tmp_path, "-r", "--jsonl", "-")

@@ -54,7 +54,12 @@ def test_reads_words_and_lines_without_a_network(monkeypatch):
         assert not ink[round(480 * (word.right + after.left) / 2)]
     assert (alone[2].text, alone[2].confidence, alone[2].words) == ("", 0.0, ())
     # The wide crop in the middle changes nothing of its neighbours'.
+    engine, groups = reader._engine.recognize_txt, []
+    monkeypatch.setattr(
+        reader._engine, "recognize_txt", lambda crops: groups.append(len(crops)) or engine(crops)
+    )
     together = reader.read_lines([line("street"), long, blank])
+    assert groups == [2, 1]
     assert [found.text for found in together] == [found.text for found in alone]
     assert [found.confidence for found in together] == pytest.approx(
         [found.confidence for found in alone], abs=1e-4
