@@ -64,7 +64,7 @@ def bench_adafm(benchmark, N, dtype, layout, direction, implementation):
         return function(*maps, weights, False)
 
     if implementation == "fused":
-        infer = CompiledAdaFM(module, make_plan(torch.device(device), dtype, C)[0])
+        infer = CompiledAdaFM(weights, make_plan(torch.device(device), dtype, C)[0])
 
     def step():
         if not training:

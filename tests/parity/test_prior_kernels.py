@@ -29,7 +29,7 @@ def looked(keys: Tensor, bias: Tensor, queries: Tensor, values: Tensor) -> tuple
 
 @pytest.mark.parametrize("sizes", [(2, 256, 64, 26), (1, 7, 40, 3), (3, 33, 130, 17)], ids=str)
 def test_position_attention(sizes):
-    """The attention is of fp32's precision, although its operands are half."""
+    """Attention and vectors are of fp32's precision, although operands are half, then rounded."""
     N, P, C, T = sizes
     keys, values = torch.randn(2, N, P, C, device=DEVICE).to(HALF).unbind()
     bias, queries = torch.randn(C, device=DEVICE).to(HALF), torch.randn(T, C, device=DEVICE) / 8
@@ -37,7 +37,7 @@ def test_position_attention(sizes):
     wanted, exact = looked(keys, bias, queries, values)
     assert relative(attention, exact) <= FORWARD
     assert attention.dtype == torch.float32
-    assert relative(vectors, wanted) <= 1e-3
+    assert relative(vectors, wanted) <= 1.1 * relative(wanted.to(HALF), wanted)
     assert vectors.dtype == HALF
 
 
@@ -88,6 +88,13 @@ def test_reading(data):
     assert_close(rows[:, :, :classes], logits.softmax(2), near)
     places = torch.eye(T, rows.shape[2] - classes, device=DEVICE, dtype=dtype)
     assert torch.equal(rows[:, :, classes:], places.expand(N, -1, -1))
+
+
+def test_of_equal_logits_the_lower_class_counts():
+    logits = torch.zeros(1, 5, 4, device=DEVICE)
+    logits[0, :, 2] = 1
+    logits[0, 2, 0] = 1
+    assert reading.valid_lengths(logits, 1).tolist() == valid_lengths(logits, 1).tolist() == [3]
 
 
 @pytest.mark.parametrize("at", [0, 1, 4])
