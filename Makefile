@@ -24,9 +24,11 @@ MATRIX_PYTHONS ?=
 .DEFAULT_GOAL := help
 # Without `slow` and what builds or trains.
 QUICK := tests/unit tests/golden/test_eval.py tests/golden/test_fill.py
-QUICK_FLAGS := -q -m 'not slow' $(addprefix --ignore=tests/unit/,benchmarks/test_gpu_suite.py \
-    benchmarks/test_plan.py benchmarks/test_training.py csrc model/test_crnn_prior.py \
-    ops/test_extension.py training/evaluation/test_evaluate.py training/loop/test_runs.py)
+QUICK_FLAGS := -q -m 'not slow' $(addprefix --ignore=tests/unit/,baselines benchmarks/test_gpu_suite.py \
+    benchmarks/test_plan.py benchmarks/test_training.py checkpoint/test_carried_configs.py ci csrc \
+    model/test_crnn_prior.py ops/test_extension.py reading test_reproduce.py \
+    training/evaluation/test_evaluate.py training/loop/test_photographs.py training/loop/test_runs.py \
+    training/losses/test_table3_losses.py training/synthesis/test_camera.py training/test_any_bytes.py)
 
 .PHONY: help demo check test matrix constraints launches wheel docs lint format types bench \
     gpu-bundle fonts system-deps clean
