@@ -24,7 +24,18 @@ def one_of(*words: str) -> dict[str, Any]:
     return {"parser": parse, "metavar": f"[{'|'.join(words)}]"}
 
 
-# Options of the commands over photographs, `read` and `photo`.
+# Options of the commands over pictures.
+Suffix = Annotated[str, typer.Option(help="Appended to each name.", rich_help_panel="Results")]
+Form = Annotated[
+    Optional[str],  # noqa: UP045  (typer reads this on Python 3.10 too)
+    typer.Option(
+        "--format",
+        help="Format of results, png by default; webp is lossless, jpg has no transparency.",
+        show_default=False,
+        **one_of("png", "jpg", "webp"),
+        rich_help_panel="Results",
+    ),
+]
 Photos = Annotated[
     list[str],
     typer.Argument(

@@ -11,6 +11,7 @@ from lemma_fast.cli.exits import misused
 from lemma_fast.cli.options import (
     BatchSize,
     Device,
+    Form,
     JsonLines,
     KeepAbove,
     Model,
@@ -19,8 +20,8 @@ from lemma_fast.cli.options import (
     Quiet,
     RecognizerName,
     Recursive,
+    Suffix,
     Verbose,
-    one_of,
 )
 
 EXAMPLES = """
@@ -49,19 +50,8 @@ def photo(
             rich_help_panel="Results",
         ),
     ] = None,
-    suffix: Annotated[
-        str, typer.Option(help="Appended to each name.", rich_help_panel="Results")
-    ] = "_x2",
-    form: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--format",
-            help="Format of results, png by default; webp is lossless, jpg has no transparency.",
-            show_default=False,
-            **one_of("png", "jpg", "webp"),
-            rich_help_panel="Results",
-        ),
-    ] = None,
+    suffix: Suffix = "_x2",
+    form: Form = None,
     overwrite: Overwrite = False,
     compare: Annotated[
         bool,

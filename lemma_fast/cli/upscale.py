@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Optional, cast
 import typer
 
 from lemma_fast.cli.exits import fail, misused
-from lemma_fast.cli.options import ANY_MODEL_HELP, one_of
+from lemma_fast.cli.options import (
+    ANY_MODEL_HELP,
+    Form,
+    Overwrite,
+    Quiet,
+    Recursive,
+    Suffix,
+    Verbose,
+    one_of,
+)
 from lemma_fast.outputs import OutputError
 
 if TYPE_CHECKING:
@@ -53,19 +62,8 @@ def upscale(
             rich_help_panel="Results",
         ),
     ] = None,
-    suffix: Annotated[
-        str, typer.Option(help="Appended to each name.", rich_help_panel="Results")
-    ] = "_x2",
-    form: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--format",
-            help="Format of results, png by default; webp is lossless, jpg has no transparency.",
-            show_default=False,
-            **one_of("png", "jpg", "webp"),
-            rich_help_panel="Results",
-        ),
-    ] = None,
+    suffix: Suffix = "_x2",
+    form: Form = None,
     size: Annotated[
         str,
         typer.Option(
@@ -94,14 +92,7 @@ def upscale(
             rich_help_panel="Results",
         ),
     ] = 32,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace existing results, which are skipped without it; never an input.",
-            rich_help_panel="Results",
-        ),
-    ] = False,
+    overwrite: Overwrite = False,
     compare: Annotated[
         bool,
         typer.Option(
@@ -110,12 +101,7 @@ def upscale(
             rich_help_panel="Results",
         ),
     ] = False,
-    recursive: Annotated[
-        bool,
-        typer.Option(
-            "-r", "--recursive", help="Read sub-folders of folders too.", rich_help_panel="Inputs"
-        ),
-    ] = False,
+    recursive: Recursive = False,
     model: Annotated[
         str,
         typer.Option(
@@ -177,13 +163,8 @@ def upscale(
             rich_help_panel="Reports",
         ),
     ] = None,
-    quiet: Annotated[
-        bool,
-        typer.Option("-q", "--quiet", help="Report errors only.", rich_help_panel="Reports"),
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Name every file.", rich_help_panel="Reports")
-    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Double the size of word crops.
 
