@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Optional
 
 import typer
+
+from lemma_fast.cli.exits import misused
 
 MODEL_HELP = (
     "A packaged name, a .safetensors written by lemma-fast, a published .pth, or a Hugging Face "
@@ -22,6 +25,18 @@ def one_of(*words: str) -> dict[str, Any]:
         return text
 
     return {"parser": parse, "metavar": f"[{'|'.join(words)}]"}
+
+
+def check_suffix(suffix: str) -> None:
+    """End the command where a suffix would lead to another folder."""
+    if any(mark in suffix for mark in (os.sep, os.altsep or os.sep, "\0")):
+        misused(f"--suffix {suffix!r} is not part of a file name")
+
+
+def check_reports(quiet: bool, verbose: bool) -> None:
+    """End the command where it shall say less and more."""
+    if quiet and verbose:
+        misused("-q and -v contradict each other")
 
 
 # Options of the commands over pictures.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Optional
 
 import typer
@@ -22,6 +21,7 @@ from lemma_fast.cli.options import (
     Recursive,
     Suffix,
     Verbose,
+    check_suffix,
 )
 
 EXAMPLES = """
@@ -77,8 +77,7 @@ def photo(
     into the photograph, whose rest is enlarged by Lanczos. A word that was read surely before and
     is read otherwise after stays as it was.
     """
-    if any(mark in suffix for mark in (os.sep, os.altsep or os.sep, "\0")):
-        misused(f"--suffix {suffix!r} is not part of a file name")
+    check_suffix(suffix)
     if "-" in paths and output is None:
         misused("a photograph from standard input needs -o")
     from lemma_fast.cli.photographs import checked, go_over_photographs

@@ -19,6 +19,7 @@ from lemma_fast.checkpoint import CheckpointError
 from lemma_fast.cli import jsonl as lines
 from lemma_fast.cli.exits import fail, misused
 from lemma_fast.cli.inputs import Inputs
+from lemma_fast.cli.options import check_reports
 from lemma_fast.cli.report import Report
 from lemma_fast.cli.results import Naming, Outcome, Photographed
 from lemma_fast.cli.running import (
@@ -186,8 +187,7 @@ def go_over_photographs(
 
 def checked(quiet: bool, verbose: bool, output: str | None) -> None:
     """Refuse options that contradict each other."""
-    if quiet and verbose:
-        misused("-q and -v contradict each other")
+    check_reports(quiet, verbose)
     if output == "-":
         misused("-o - is not taken: name a folder")
 

@@ -18,6 +18,8 @@ from lemma_fast.cli.options import (
     Recursive,
     Suffix,
     Verbose,
+    check_reports,
+    check_suffix,
     one_of,
 )
 from lemma_fast.outputs import OutputError
@@ -244,12 +246,10 @@ def _check(
     verbose: bool,
 ) -> None:
     """Refuse options that contradict each other."""
-    if quiet and verbose:
-        misused("-q and -v contradict each other")
+    check_reports(quiet, verbose)
     if read is not None and not (jsonl or compare or verbose):
         misused("what --read finds is not shown: give --jsonl, --compare or -v")
-    if any(mark in suffix for mark in (os.sep, os.altsep or os.sep, "\0")):
-        misused(f"--suffix {suffix!r} is not part of a file name")
+    check_suffix(suffix)
     if output == "-":
         if len(paths) != 1 or os.path.isdir(paths[0]):
             misused("-o - takes exactly one image")
